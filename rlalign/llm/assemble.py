@@ -1,0 +1,115 @@
+"""Build a trainer's parts from its settings and arguments, and refuse what cannot work before anything is sampled."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from transformers import PreTrainedTokenizerBase
+
+from rlalign.config import dump
+from rlalign.llm.config import PolicyGradientConfig
+from rlalign.llm.consistency import check_consistency
+from rlalign.llm.data import Prompts, load_prompts
+from rlalign.llm.data_lint import check_prompts
+from rlalign.llm.evaluation import Evaluator
+from rlalign.llm.policy import Policy
+from rlalign.llm.rewards import build_guard
+from rlalign.optim.step import SkipBudget, adamw
+from rlalign.training.distributed import sum_over_processes
+from rlalign.training.guard import RewardGuard
+from rlalign.training.no_signal import SignalWatch
+from rlalign.training.seeding import seed_everything
+from rlalign.training.session import Session
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a trainer is made of."""
+
+    policy: Policy
+    train_data: Prompts
+    guard: RewardGuard
+    evaluator: Evaluator
+    optimizer: torch.optim.Optimizer
+    session: Session
+    budget: SkipBudget
+    watch: SignalWatch
+    notes: list[str]
+    """Said once, when training begins."""
+
+
+def build_parts(
+    cfg: PolicyGradientConfig,
+    *,
+    model: Any,
+    reward_funcs: Any,
+    train_dataset: Any,
+    eval_dataset: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    peft_config: PeftConfig | None,
+    run_dir: str | Path | None,
+    config_text: str | None,
+) -> Parts:
+    """Datasets first (cheap to refuse), then the reward workers (they start while the model loads), then the model."""
+    check_consistency(cfg)
+    seed_everything(cfg.seed)
+    train = _prompts(train_dataset, cfg, "train_dataset")
+    held_out = None if eval_dataset is None else _prompts(eval_dataset, cfg, "eval_dataset")
+    session = _session(cfg, run_dir, config_text)
+    guard = build_guard(reward_funcs, cfg.guard, errors_dir=session.path / "errors")
+    metrics = build_guard(cfg.eval.metrics, cfg.guard, errors_dir=session.path / "errors") if cfg.eval.metrics else guard
+    policy = Policy.build(model, tokenizer, cfg, peft_config)
+    notes = check_consistency(cfg, processes=policy.accelerator.num_processes) + list(train.notes)
+    for data, other in ((train, held_out), (held_out, None)):
+        if data is not None:
+            limit = cfg.rollout.max_prompt_tokens
+            notes += check_prompts(data, held_out=other, tokenizer=policy.tokenizer, max_prompt_tokens=limit)
+    session.join(
+        main=policy.accelerator.is_main_process,
+        anywhere=lambda flag: sum_over_processes({"flag": float(flag)}, policy.accelerator)["flag"] > 0,
+    )
+    optimizer = adamw(
+        policy.scorer.named_parameters(),
+        learning_rate=cfg.optim.learning_rate,
+        betas=cfg.optim.betas,
+        eps=cfg.optim.eps,
+        weight_decay=cfg.optim.weight_decay,
+    )
+    baselines = [_prompts(asked, cfg, f"eval.baselines.{n}") for n, asked in enumerate(cfg.eval.baselines)]
+    return Parts(
+        policy=policy,
+        train_data=train,
+        guard=guard,
+        evaluator=Evaluator(policy, held_out, metrics, cfg, session, baselines=baselines),
+        optimizer=optimizer,
+        session=session,
+        budget=SkipBudget(limit=cfg.optim.nonfinite_budget),
+        watch=SignalWatch(patience=5, stop_after=cfg.stop_without_signal),
+        notes=notes,
+    )
+
+
+def _prompts(source: Any, cfg: PolicyGradientConfig, name: str) -> Prompts:
+    template = cfg.data.template if cfg.data else None
+    system_prompt = cfg.data.system_prompt if cfg.data else None
+    return load_prompts(source, name=name, template=template, system_prompt=system_prompt)
+
+
+def _session(cfg: PolicyGradientConfig, run_dir: str | Path | None, config_text: str | None) -> Session:
+    resolved: Mapping[str, Any] = dump(cfg)
+    return Session(
+        run_dir,
+        name=cfg.method,
+        # A run started from Python has no file; JSON is YAML, and says where its model and data came from.
+        config_text=config_text or f"# Started from Python.\n{json.dumps(resolved, indent=2)}\n",
+        resolved=resolved,
+        total_steps=cfg.total_steps,
+        save_every=cfg.checkpoint.every,
+        keep=cfg.checkpoint.keep,
+        trackers=tuple(cfg.log.trackers),
+        project=cfg.log.project,
+    )

@@ -1,0 +1,69 @@
+"""Settings that are fine one by one and wrong together. No torch: `rlalign check` runs this in a moment."""
+
+from rlalign.advantages.config import GAE, BetaNormalized
+from rlalign.config import ConfigError
+from rlalign.llm.config import GSPO, PolicyGradientConfig, Reinforce
+
+
+def check_consistency(cfg: PolicyGradientConfig, *, processes: int = 1) -> list[str]:
+    """Return notes on what is unusual.
+
+    Raises:
+        ConfigError: With every contradiction, one per line.
+    """
+    problems = [text for text in _problems(cfg, processes) if text]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return [text for text in _notes(cfg) if text]
+
+
+def _problems(cfg: PolicyGradientConfig, processes: int) -> list[str | None]:
+    rollout, optim = cfg.rollout, cfg.optim
+    prompts, updates = rollout.prompts_per_step, optim.update_epochs * optim.minibatches
+    return [
+        f"`rollout.prompts_per_step`={prompts} cannot be dealt to {processes} processes; choose a multiple."
+        if prompts % processes
+        else None,
+        f"`optim.minibatches`={optim.minibatches} does not divide `rollout.prompts_per_step`={prompts}: groups stay whole, "
+        f"so choose one of {[n for n in range(1, prompts + 1) if prompts % n == 0]}."
+        if prompts % optim.minibatches
+        else None,
+        f"`objective: reinforce` has no ratio, so it is wrong after the first of {updates} updates per rollout; set "
+        "`optim.update_epochs` and `optim.minibatches` to 1, or use `clipped_surrogate`."
+        if isinstance(cfg.objective, Reinforce) and updates > 1
+        else None,
+        "`advantage: gae` needs a critic, and language models here have none; use a group estimator such as "
+        "`group_relative`, `leave_one_out` or `beta_normalized`."
+        if isinstance(cfg.advantage, GAE)
+        else None,
+        "`kl.where: reward` takes rewards out of the range that `advantage: beta_normalized` is defined on; use "
+        "`kl.where: loss`."
+        if cfg.kl.coef and cfg.kl.where == "reward" and isinstance(cfg.advantage, BetaNormalized)
+        else None,
+        "`eval.patience` counts evaluations during training: set `eval.every`."
+        if cfg.eval.patience is not None and not cfg.eval.every
+        else None,
+        "`rollout.engine: vllm` samples on a CUDA device with vLLM: `model.device` must be cuda or auto."
+        if rollout.engine == "vllm" and cfg.model is not None and cfg.model.device in ("cpu", "mps")
+        else None,
+    ]
+
+
+def _notes(cfg: PolicyGradientConfig) -> list[str | None]:
+    optim, rollout = cfg.optim, cfg.rollout
+    updates = optim.update_epochs * optim.minibatches
+    return [
+        f"{rollout.prompts_per_step} prompts x {rollout.group_size} completions = "
+        f"{rollout.prompts_per_step * rollout.group_size} rollouts per step, {updates} "
+        f"update{'s' if updates > 1 else ''} each, {cfg.total_steps} steps",
+        "`objective: gspo` with an aggregation other than `sequence_mean` weighs sequences by their length"
+        if isinstance(cfg.objective, GSPO) and cfg.aggregation != "sequence_mean"
+        else None,
+        f"`optim.warmup_steps`={optim.warmup_steps} is more than half of the run"
+        if optim.warmup_steps > cfg.total_steps * updates / 2
+        else None,
+        "advantages by Beta Normalization Policy Optimization (arXiv:2506.02864), which is not TRL's "
+        '`loss_type="bnpo"` (a token mean)'
+        if isinstance(cfg.advantage, BetaNormalized)
+        else None,
+    ]

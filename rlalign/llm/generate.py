@@ -1,0 +1,197 @@
+"""Sample groups of completions: each prompt prefilled once, one decode batch, rows leave at their end of sequence."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Generations:
+    """Completions of one decode batch, right-padded. Rows of a prompt are contiguous."""
+
+    ids: Int[Tensor, "rows time"]
+    log_prob: Float[Tensor, "rows time"]
+    """Of each sampled token at the sampling temperature, in nats; 0 at padding."""
+    lengths: Int[Tensor, " rows"]
+    """Tokens of each completion, its end-of-sequence token included."""
+    truncated: Bool[Tensor, " rows"]
+    """The completion reached the token limit without an end of sequence."""
+
+    @property
+    def mask(self) -> Bool[Tensor, "rows time"]:
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
+
+
+class GrowingLayer(DynamicLayer):
+    """A key-value cache layer that writes in place and grows by halves, where `DynamicLayer` copies every step."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+            self.storage = (self.keys, self.values)
+        used, needed = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        # Selecting or repeating rows replaces `keys` by a fresh tensor: the old storage is then of no use.
+        if self.keys.data_ptr() != self.storage[0].data_ptr() or needed > self.storage[0].shape[2]:
+            self.storage = tuple(_with_room(old, needed + needed // 2) for old in (self.keys, self.values))
+        for storage, new in zip(self.storage, (key_states, value_states), strict=True):
+            storage[:, :, used:needed] = new
+        self.keys, self.values = (storage[:, :, :needed] for storage in self.storage)
+        return self.keys, self.values
+
+
+def _with_room(old: Tensor, length: int) -> Tensor:
+    new = old.new_empty(*old.shape[:2], length, old.shape[3])
+    new[:, :, : old.shape[2]] = old
+    return new
+
+
+def growing_cache(model: PreTrainedModel) -> DynamicCache:
+    """The model's own kind of cache, with every plain layer (no sliding window, no recurrence) written in place."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+@torch.no_grad()
+def generate_groups(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    uniforms: Float[Tensor, "rows time"] | None = None,
+    decode_rows: int | None = None,
+) -> Generations:
+    """Sample `group_size` completions of every prompt.
+
+    A row's sample is a function of the weights, its prompt and its own row of `uniforms`, by inverse transform
+    sampling: it does not depend on which other rows share its batch (up to the rounding of the matrix product), on
+    when they leave, or on how many processes share the work.
+
+    Args:
+        prompts: Token ids, any lengths >= 1.
+        eos_ids: Every token that ends a completion. Empty: all completions run to the limit.
+        temperature: Divides the logits; 0 takes the most probable token (`uniforms` is then not used).
+        top_p: Sample from the smallest set of tokens with this mass. Log-probabilities are of the full distribution,
+            so anything below 1 makes them wrong for training.
+        uniforms: One number in [0, 1) per row and token; rows are ordered by prompt, then member.
+        decode_rows: Most rows decoded at once; whole groups, at least one.
+
+    Raises:
+        ValueError: A prompt is empty, or `uniforms` is missing or of another shape.
+    """
+    rows = len(prompts) * group_size
+    if empty := [index for index, prompt in enumerate(prompts) if len(prompt) == 0]:
+        raise ValueError(f"prompt {empty[0]} has no tokens; every prompt needs at least one.")
+    if temperature > 0 and (uniforms is None or uniforms.shape != (rows, max_new_tokens)):
+        got = None if uniforms is None else tuple(uniforms.shape)
+        raise ValueError(f"sampling needs `uniforms` of shape {(rows, max_new_tokens)}, got {got}.")
+    device = model.get_input_embeddings().weight.device
+    ids = torch.full((rows, max_new_tokens), pad_id, dtype=torch.long, device=device)
+    log_prob = torch.zeros(rows, max_new_tokens, device=device)
+    lengths = torch.zeros(rows, dtype=torch.long, device=device)
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    ends = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
+    per_batch = max(1, (decode_rows or rows) // group_size)
+    training, model_mode = model.training, model.eval()
+    for start in range(0, len(prompts), per_batch):
+        chunk = prompts[start : start + per_batch]
+        span = slice(start * group_size, (start + len(chunk)) * group_size)
+        noise = uniforms[span].to(device) if uniforms is not None and temperature > 0 else None
+        state = _Decode(model_mode, chunk, group_size=group_size, pad_id=pad_id)
+        for step in range(max_new_tokens):
+            picked = None if noise is None else noise[state.rows, step]
+            token, token_log_prob = sample_tokens(state.logits, picked, temperature=temperature, top_p=top_p)
+            at = state.rows + span.start
+            ids[at, step], log_prob[at, step], lengths[at] = token, token_log_prob, step + 1
+            stop = torch.isin(token, ends)
+            ended[at] = stop
+            if step + 1 == max_new_tokens or bool(stop.all()):
+                break
+            state.advance(token, keep=~stop)
+    model.train(training)
+    longest = int(lengths.max())
+    return Generations(ids=ids[:, :longest], log_prob=log_prob[:, :longest], lengths=lengths, truncated=~ended)
+
+
+def sample_tokens(
+    logits: Float[Tensor, "rows vocabulary"],
+    uniform: Float[Tensor, " rows"] | None,
+    *,
+    temperature: float,
+    top_p: float = 1.0,
+) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """Draw one token per row by inverting the cumulative distribution at `uniform`; argmax when temperature is 0.
+
+    Returns the tokens and their log-probabilities under the full distribution at `temperature` (1 when it is 0).
+    """
+    scaled = logits.float() if temperature in (0.0, 1.0) else logits.float() / temperature
+    log_total = scaled.logsumexp(-1)
+    if temperature == 0:
+        token = scaled.argmax(-1)
+    else:
+        probs = (scaled - log_total[:, None]).exp_()
+        if top_p < 1:
+            probs = _nucleus(probs, top_p)
+        cumulative = probs.cumsum(-1)
+        # Strictly below the total, so rounding can never pick a token after the last one with any mass.
+        target = torch.minimum(uniform[:, None] * cumulative[:, -1:], torch.nextafter(cumulative[:, -1:], probs.new_zeros(())))
+        token = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    return token, scaled.gather(1, token[:, None]).squeeze(1) - log_total
+
+
+def _nucleus(probs: Tensor, top_p: float) -> Tensor:
+    ordered, index = probs.sort(-1, descending=True)
+    outside = ordered.cumsum(-1) - ordered >= top_p
+    return probs.scatter(-1, index, ordered.masked_fill(outside, 0.0))
+
+
+class _Decode:
+    """The rows still being written: their cache, attention mask, positions and next logits."""
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, group_size: int, pad_id: int):
+        device = model.get_input_embeddings().weight.device
+        longest = max(map(len, prompts))
+        padded = [[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        real = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        self.model, self.cache = model, growing_cache(model)
+        self.attention = torch.tensor(real, device=device)
+        positions = (self.attention.cumsum(-1) - 1).clamp(min=0)
+        logits = self._forward(torch.tensor(padded, device=device), positions)
+        self.cache.batch_repeat_interleave(group_size)
+        self.logits, self.attention, self.position = (
+            tensor.repeat_interleave(group_size, dim=0) for tensor in (logits, self.attention, positions[:, -1:])
+        )
+        self.rows = torch.arange(len(prompts) * group_size, device=device)
+
+    def advance(self, token: Int[Tensor, " alive"], *, keep: Bool[Tensor, " alive"]) -> None:
+        """Append each kept row's token and compute its next logits; the other rows leave the batch."""
+        if not bool(keep.all()):
+            kept = keep.nonzero().squeeze(1)
+            self.cache.batch_select_indices(kept)
+            self.rows, self.attention, self.position = self.rows[kept], self.attention[kept], self.position[kept]
+            token = token[kept]
+        self.position = self.position + 1
+        self.attention = torch.nn.functional.pad(self.attention, (0, 1), value=1)
+        self.logits = self._forward(token[:, None], self.position)
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> Float[Tensor, "rows vocabulary"]:
+        out = self.model(
+            input_ids=ids,
+            attention_mask=self.attention,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1]

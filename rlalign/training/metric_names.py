@@ -1,0 +1,170 @@
+"""What the logged metrics are called in front of people: titles, units, one-line meanings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import isfinite, isinf, isnan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """How one metric is shown."""
+
+    title: str
+    unit: str = ""
+    note: str = ""
+    """One sentence for a reader who meets the metric for the first time."""
+    share: bool = False
+    """A fraction of one, shown in percent."""
+    from_zero: bool = False
+    """The axis starts at zero."""
+
+
+_KNOWN = {
+    "reward/mean": Metric(title="Reward", note="Mean over the completions of the step, after weighting."),
+    "reward/std": Metric(title="Spread of the reward", from_zero=True),
+    "reward/error_frac": Metric(title="Failed reward calls", share=True, from_zero=True),
+    "reward/timeout_count": Metric(title="Reward calls cut off by the timeout", unit="calls", from_zero=True),
+    "reward/seconds": Metric(title="Time in reward calls", unit="s", from_zero=True),
+    "episode/return_mean": Metric(title="Return", note="Undiscounted, of the episodes that ended in the step."),
+    "episode/length_mean": Metric(title="Episode length", unit="steps", from_zero=True),
+    "signal/group_frac": Metric(
+        title="Groups with signal",
+        share=True,
+        from_zero=True,
+        note="Groups whose members did not all score the same. The others teach nothing.",
+    ),
+    "signal/groups_skipped": Metric(title="Groups skipped", unit="groups", from_zero=True),
+    "policy/entropy_nats": Metric(
+        title="Entropy", unit="nats", from_zero=True, note="Falling to zero: no exploration left."
+    ),
+    "policy/kl": Metric(
+        title="KL to the reference", unit="nats", note="How far the policy has moved from where it began."
+    ),
+    "policy/ratio_max": Metric(title="Largest probability ratio", note="New over old probability of one decision."),
+    "policy/clip_low_frac": Metric(title="Clipped from below", share=True, from_zero=True),
+    "policy/clip_high_frac": Metric(title="Clipped from above", share=True, from_zero=True),
+    "optim/grad_norm": Metric(title="Gradient norm", from_zero=True, note="Before clipping."),
+    "optim/learning_rate": Metric(title="Learning rate", from_zero=True),
+    "optim/loss": Metric(title="Loss", note="Not a measure of progress: it is near zero by construction."),
+    "rollout/completion_tokens_mean": Metric(title="Completion length", unit="tokens", from_zero=True),
+    "rollout/truncated_frac": Metric(title="Completions cut at the limit", share=True, from_zero=True),
+    "time/generate_s": Metric(title="generate", unit="s", from_zero=True),
+    "time/collect_s": Metric(title="collect", unit="s", from_zero=True),
+    "time/sample_s": Metric(title="sample", unit="s", from_zero=True),
+    "time/simulate_s": Metric(title="simulate", unit="s", from_zero=True),
+    "time/reward_s": Metric(title="reward", unit="s", from_zero=True),
+    "time/train_s": Metric(title="train", unit="s", from_zero=True),
+    "time/eval_s": Metric(title="evaluate", unit="s", from_zero=True),
+    "time/step_s": Metric(title="Time per step", unit="s", from_zero=True),
+    "advantage/rms": Metric(title="Advantage size", from_zero=True, note="Root mean square."),
+    "advantage/group_signal_frac": Metric(title="Groups with non-zero advantage", share=True, from_zero=True),
+    "advantage/groups_without_signal": Metric(title="Groups without signal", unit="groups", from_zero=True),
+    "bnpo/a": Metric(title="Beta fit of the pass rates: a"),
+    "bnpo/b": Metric(title="Beta fit of the pass rates: b"),
+    "bnpo/alpha": Metric(title="Normalising Beta: alpha"),
+    "bnpo/beta": Metric(title="Normalising Beta: beta"),
+    "bnpo/weight_max": Metric(title="Largest group weight", from_zero=True),
+    "bnpo/adv_rms": Metric(title="Advantage size after weighting", from_zero=True),
+    "policy/sampling_gap_nats": Metric(
+        title="Gap to the sampler", unit="nats", from_zero=True, note="Sampling against training log-probabilities."
+    ),
+    "rollout/completion_tokens_max": Metric(title="Longest completion", unit="tokens", from_zero=True),
+    "rollout/tokens_if_rewarded_mean": Metric(title="Length when rewarded", unit="tokens", from_zero=True),
+    "rollout/tokens_if_unrewarded_mean": Metric(title="Length when not rewarded", unit="tokens", from_zero=True),
+    "eval/reward_mean": Metric(title="Held-out reward"),
+    "eval/return_mean": Metric(title="Held-out return"),
+}
+_SUFFIXES = (  # longest first; what a name's ending says about its unit
+    ("_frac", Metric(title="", share=True, from_zero=True)),
+    ("_nats", Metric(title="", unit="nats")),
+    ("_count", Metric(title="", unit="count", from_zero=True)),
+    ("_bytes", Metric(title="", unit="bytes", from_zero=True)),
+    ("_tokens", Metric(title="", unit="tokens", from_zero=True)),
+    ("_mean", Metric(title="")),
+    ("_s", Metric(title="", unit="s", from_zero=True)),
+)
+_ORDER = ("reward", "episode", "return", "eval", "signal", "policy", "value", "optim", "rollout", "advantage", "bnpo")
+
+
+def describe(name: str) -> Metric:
+    """Look a metric up, or read its unit off the ending of its name (`group/name_unit`)."""
+    if name in _KNOWN:
+        return _KNOWN[name]
+    stem = name.rpartition("/")[2]
+    if stem.endswith("_per_s"):
+        unit = stem.removesuffix("_per_s").replace("_", " ")
+        return Metric(title="Throughput", unit=f"{unit}/s", from_zero=True)
+    for suffix, metric in _SUFFIXES:
+        if stem.endswith(suffix) and stem != suffix:
+            return replace(metric, title=plain_name(stem.removesuffix(suffix)))
+    return Metric(title=plain_name(stem))
+
+
+def plain_name(stem: str) -> str:
+    """`exact_match` -> `Exact match`."""
+    words = stem.replace("_", " ").strip() or stem
+    return words[:1].upper() + words[1:]
+
+
+def group_order(name: str) -> tuple[int, str]:
+    """Sort key: the groups people look at first come first, the rest by name."""
+    group = name.partition("/")[0]
+    return (_ORDER.index(group) if group in _ORDER else len(_ORDER), name)
+
+
+def format_number(value: float, *, signed: bool = False) -> str:
+    """Three significant figures or so, with a true minus sign."""
+    if isnan(value):
+        return "n/a"
+    sign = "\u2212" if value < 0 else "+" if signed else ""
+    size = abs(value)
+    if isinf(size):
+        return f"{sign}∞"
+    if size != 0 and (size >= 1e6 or size < 1e-3):
+        mantissa, _, exponent = f"{size:.1e}".partition("e")
+        power = int(exponent)
+        return f"{sign}{mantissa.removesuffix('.0')}e{power}".replace("e-", "e\u2212")
+    digits = 0 if size >= 100 or float(size).is_integer() else 1 if size >= 10 else 2 if size >= 1 else 3
+    return f"{sign}{size:,.{digits}f}"
+
+
+def format_column(values: Sequence[float]) -> list[str]:
+    """Numbers that stand under each other: the same digits after the point in all of them."""
+    finite = [value for value in values if isfinite(value)]
+    whole = all(value == int(value) for value in finite)
+    size = max((abs(value) for value in finite), default=0.0)
+    if size >= 1e6 or 0 < size < 0.01:
+        return [format_number(value) for value in values]
+    digits = 0 if whole else 2 if size < 100 else 1
+    return [
+        f"{value:,.{digits}f}".replace("-", "\u2212") if isfinite(value) else format_number(value) for value in values
+    ]
+
+
+def format_share(value: float, *, signed: bool = False) -> str:
+    """A fraction of one, as percent without the sign: 0.123 -> `12.3`."""
+    if isnan(value):
+        return "n/a"
+    sign = "\u2212" if value < 0 else "+" if signed else ""
+    return f"{sign}{abs(100 * value):.1f}"
+
+
+def format_metric(name: str, value: float) -> str:
+    """The number with its unit."""
+    metric = describe(name)
+    if metric.share:
+        return f"{format_share(value)} %"
+    return f"{format_number(value)} {metric.unit}".strip()
+
+
+def format_duration(seconds: float) -> str:
+    """`95` -> `1 min 35 s`."""
+    if isnan(seconds) or isinf(seconds) or seconds < 0:
+        return "n/a"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    if hours:
+        return f"{hours:,} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

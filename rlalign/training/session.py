@@ -1,0 +1,163 @@
+"""The life of a run around any trainer's loop: directory, journal, checkpoints, signals, report."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlalign.training.checkpoint import Checkpoints
+from rlalign.training.journal import Journal
+from rlalign.training.report import write_report
+from rlalign.training.run_directory import RunDirectory
+from rlalign.training.signals import GracefulStop, Interrupted
+
+REQUIRED = ("model", "optimizer", "trainer", "rng")
+
+
+class Resumable(Protocol):
+    """What a session saves and restores."""
+
+    step: int
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def save_model(self, path: str | Path) -> None: ...
+
+
+class Session:
+    """Owns a run directory while a trainer trains.
+
+    Args:
+        run_dir: A new directory, or with `resume` one that exists. None picks `runs/<name>` with a free number.
+        config_text: The configuration as the user wrote it.
+        resolved: The same with every default, as `rlalign resume` reads it.
+        total_steps: Where the board's progress bar ends.
+        save_every: Steps between checkpoints; 0 saves only at the end and when interrupted.
+        keep: How many checkpoints stay.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path | None,
+        *,
+        name: str,
+        config_text: str,
+        resolved: Mapping[str, Any],
+        total_steps: int,
+        save_every: int,
+        keep: int,
+        trackers: tuple[str, ...] = (),
+        project: str = "rlalign",
+    ):
+        self.path = Path(run_dir) if run_dir is not None else free_run_path(Path("runs"), name)
+        self.config_text, self.resolved = config_text, dict(resolved)
+        self.total_steps, self.save_every = total_steps, save_every
+        self.main: bool = True
+        self.anywhere: Callable[[bool], bool] = bool
+        self.trackers, self.project = trackers, project
+        self.checkpoints = Checkpoints(self.path / "checkpoints", keep=keep)
+        self.stop = GracefulStop()
+        self.saved_at: int | None = None
+
+    def join(self, *, main: bool, anywhere: Callable[[bool], bool]) -> None:
+        """Tell the session about the other processes.
+
+        Args:
+            main: False on all but the first process, which alone writes.
+            anywhere: Tells whether a flag is up on any process; all of them must stop at the same step.
+        """
+        self.main, self.anywhere = main, anywhere
+
+    @contextmanager
+    def open(self, trainer: Resumable, *, resume: bool) -> Iterator[Journal]:
+        """Lock the directory, restore the trainer when resuming, and leave a status and a report however it ends."""
+        with ExitStack() as stack:
+            run = self._directory(resume) if self.main else None
+            if run is not None:
+                stack.enter_context(run)
+            self.journal = stack.enter_context(
+                Journal(run, total_steps=self.total_steps, trackers=self.trackers, project=self.project)
+            )
+            stack.enter_context(self.stop)
+            try:
+                if resume:
+                    self._restore(trainer)
+                yield self.journal
+            except (Interrupted, KeyboardInterrupt):
+                self._close(run, "interrupted", trainer)
+                raise
+            except GeneratorExit:
+                # The user's own loop over `steps` ended early: not a failure, and resumable like an interruption.
+                self._close(run, "interrupted", trainer)
+                raise
+            except BaseException as error:
+                if run is not None:
+                    run.record_error(error)
+                self._close(run, "failed", trainer)
+                raise
+            else:
+                self._close(run, "done", trainer)
+
+    def after_step(self, trainer: Resumable) -> None:
+        """Save when it is time; when a signal came, save and raise `Interrupted`."""
+        if self.save_every and trainer.step % self.save_every == 0:
+            self.save(trainer)
+        self.stop_if_asked(trainer)
+
+    def stop_if_asked(self, trainer: Resumable) -> None:
+        """Save and raise `Interrupted` when any process received a signal."""
+        if self.anywhere(self.stop.requested):
+            self.save(trainer)
+            raise Interrupted(f"Saved step {trainer.step}. Continue: rlalign resume {self.path}")
+
+    def finish(self, trainer: Resumable) -> None:
+        """Save the end of the run: a last checkpoint, and the model in the form other libraries load."""
+        self.save(trainer)
+        trainer.save_model(self.path / "model")
+
+    def save(self, trainer: Resumable) -> None:
+        """Write a checkpoint of this step, unless there is one."""
+        if self.saved_at == trainer.step:
+            return
+        state = dict(trainer.state_dict())  # every process takes part: sharded state is gathered here
+        if self.main:
+            self.checkpoints.save(trainer.step, {**state, "journal": {"records": self.journal.records}})
+        self.saved_at = trainer.step
+
+    def _directory(self, resume: bool) -> RunDirectory:
+        if resume:
+            run = RunDirectory.open(self.path)
+        else:
+            run = RunDirectory.create(self.path, self.config_text, self.resolved)
+        run.set_status("running")
+        return run
+
+    def _restore(self, trainer: Resumable) -> None:
+        if self.checkpoints.latest() is None and not self.checkpoints.steps():
+            self.journal.rewind(-1)
+            self.journal.note("No checkpoint yet: starting from the beginning, with the same random numbers.")
+            return
+        found = self.checkpoints.load(require=REQUIRED)
+        trainer.load_state_dict(found.state)
+        self.saved_at = found.step
+        self.journal.rewind(found.step, records=found.state["journal"]["records"])
+        self.journal.note(
+            f"Resumed step {found.step} from {found.path.name}: weights, optimizer, schedule, data position, random "
+            "numbers and statistics are as they were."
+        )
+
+    def _close(self, run: RunDirectory | None, status: Any, trainer: Resumable) -> None:
+        if run is None:
+            return
+        run.set_status(status, step=trainer.step, total_steps=self.total_steps)
+        write_report(run.path)
+
+
+def free_run_path(parent: Path, name: str) -> Path:
+    """`parent/name`, or the first of `name-2`, `name-3`, ... that does not exist."""
+    path, number = parent / name, 2
+    while path.exists():
+        path, number = parent / f"{name}-{number}", number + 1
+    return path
