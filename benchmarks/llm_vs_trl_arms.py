@@ -18,6 +18,21 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlalign.advantages.config import GroupRelative
+from rlalign.buffers import Input, TrainBatch
+from rlalign.functional.masked import spread
+from rlalign.llm import PolicyGradientTrainer
+from rlalign.llm.config import (
+    CheckpointConfig,
+    ClippedSurrogate,
+    EvalConfig,
+    LogConfig,
+    OptimConfig,
+    PolicyGradientConfig,
+    RolloutConfig,
+)
+from rlalign.llm.data import encode_prompt
+
 GROUPS, GROUP_SIZE = 2, 8
 ROWS = GROUPS * GROUP_SIZE
 LEARNING_RATE = 1e-6
@@ -143,7 +158,7 @@ def run_trl(spec: Spec) -> list[tuple[float, float]]:
 # --------------------------------------------------------------------------------------- one rollout, both gradients
 
 
-def parity(spec: Spec) -> dict[str, float]:
+def parity(spec: Spec) -> dict[str, Any]:
     """Let TRL sample and score one step, then compute loss and gradient on it with both code paths.
 
     Old log-probabilities are TRL's own plus noise, so that ratios leave 1, both clips are at work, and the loss depends
@@ -167,16 +182,24 @@ def parity(spec: Spec) -> dict[str, float]:
     trl_gradient = flat_gradient(trainer.model)
     del trainer
 
-    model, tokenizer = load(spec)
-    loss, log_prob = rlalign_loss(model, rollout, pad_id=tokenizer.pad_token_id)
-    loss.backward()
+    ours = rlalign_trainer(spec, updates_per_rollout=2)  # off-policy: the given old log-probabilities are used
+    batch = train_batch(rollout, pad_id=ours.tokenizer.pad_token_id)
+    ours.policy.complete(batch)  # the self-check that chooses the packed path
+    log_prob = ours.policy.score(batch, ours.policy.scorer)
+    denominator, loss = ours.denominator(batch), 0.0
+    for layout, share in ours.policy.shares(batch, whole_groups=False):
+        part = share * ours.loss(batch, layout, denominator)
+        part.backward()
+        loss += part.item()
+    gradient = flat_gradient(ours.policy.model)
     return {
         "trl_loss": trl_loss,
-        "rlalign_loss": loss.item(),
-        "loss_difference": abs(loss.item() - trl_loss),
-        "relative_gradient_difference": ((flat_gradient(model) - trl_gradient).norm() / trl_gradient.norm()).item(),
+        "rlalign_loss": loss,
+        "loss_difference": abs(loss - trl_loss),
+        "relative_gradient_difference": ((gradient - trl_gradient).norm() / trl_gradient.norm()).item(),
         "largest_log_prob_difference_nats": (log_prob - trl_log_prob).abs().max().item(),
         "gradient_norm": trl_gradient.norm().item(),
+        "packing": ours.policy.packing,
     }
 
 
@@ -191,14 +214,8 @@ def flat_gradient(model: torch.nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for _, p in sorted(model.named_parameters()) if p.grad is not None])
 
 
-def rlalign_loss(model: PreTrainedModel, theirs: dict[str, Tensor], *, pad_id: int) -> tuple[Tensor, Tensor]:
-    """TRL's tokens, mask and advantages through our packing, scoring, objective and aggregation."""
-    from rlalign.buffers import Input, Rollout
-    from rlalign.functional.masked import aggregate, spread
-    from rlalign.functional.policy import clipped_surrogate
-    from rlalign.llm.packing import segments
-    from rlalign.llm.scoring import Scorer
-
+def train_batch(theirs: dict[str, Tensor], *, pad_id: int) -> TrainBatch:
+    """TRL's tokens, mask, old log-probabilities and advantages, as our trainer holds them."""
     mask = theirs["completion_mask"].bool()
     last = torch.arange(mask.shape[1]) == mask.sum(1, keepdim=True) - 1
     group = torch.arange(ROWS) // GROUP_SIZE
@@ -206,7 +223,7 @@ def rlalign_loss(model: PreTrainedModel, theirs: dict[str, Tensor], *, pad_id: i
     # One prompt per group; TRL pads prompts on the left, we on the right.
     prompts = [ids[-int(length) :] for ids, length in zip(theirs["prompt_ids"], lengths, strict=True)][::GROUP_SIZE]
     padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=pad_id)
-    rollout = Rollout(
+    return TrainBatch(
         log_prob_old=theirs["old_per_token_logps"],
         rewards=torch.zeros(mask.shape),
         mask=mask,
@@ -215,38 +232,24 @@ def rlalign_loss(model: PreTrainedModel, theirs: dict[str, Tensor], *, pad_id: i
         group=group,
         prompt_id=group,
         scored=torch.ones(ROWS, dtype=torch.bool),
+        advantages=spread(theirs["advantages"], mask),
+        weights=torch.ones(mask.shape),
         inputs={
-            "prompt_ids": Input(value=padded, axis="per_group"),
+            "prompt_ids": Input(value=padded, axis="per_group", pad_value=pad_id),
             "prompt_length": Input(value=lengths[::GROUP_SIZE], axis="per_group"),
             "completion_ids": Input(value=theirs["completion_ids"], axis="per_decision"),
             "completion_length": Input(value=mask.sum(1), axis="per_rollout"),
         },
     )
-    scorer = Scorer(model, temperature=1.0, packing="prefix_shared")
-    layout = scorer.layout(segments(rollout, most_tokens=8192), rollout)
-    log_prob = layout.scatter(scorer(layout)[0], (ROWS, mask.shape[1]))
-    advantages = spread(theirs["advantages"], mask)
-    objective = clipped_surrogate(log_prob - rollout.log_prob_old, advantages, clip_low=CLIP, clip_high=CLIP)
-    return aggregate(objective, mask, mode="token"), log_prob.detach()
 
 
 # --------------------------------------------------------------------------------------------------------- rlalign
 
 
-def run_rlalign(spec: Spec) -> list[tuple[float, float]]:
-    from rlalign.advantages.config import GroupRelative
-    from rlalign.llm import PolicyGradientTrainer
-    from rlalign.llm.config import (
-        CheckpointConfig,
-        ClippedSurrogate,
-        EvalConfig,
-        LogConfig,
-        OptimConfig,
-        PolicyGradientConfig,
-        RolloutConfig,
-    )
-
+def rlalign_trainer(spec: Spec, *, updates_per_rollout: int = 1) -> PolicyGradientTrainer:
     model, tokenizer = load(spec)
+    prompts = make_prompts(tokenizer, spec.prompt_tokens)
+    assert {len(encode_prompt(prompt, tokenizer)) for prompt in prompts} == {spec.prompt_tokens}
     config = PolicyGradientConfig(
         total_steps=spec.steps + 1,
         rollout=RolloutConfig(
@@ -255,7 +258,7 @@ def run_rlalign(spec: Spec) -> list[tuple[float, float]]:
         advantage=GroupRelative(),
         objective=ClippedSurrogate(clip_low=CLIP, clip_high=CLIP),
         aggregation="token",
-        optim=OptimConfig(learning_rate=LEARNING_RATE, warmup_steps=0),
+        optim=OptimConfig(learning_rate=LEARNING_RATE, warmup_steps=0, update_epochs=updates_per_rollout),
         eval=EvalConfig(before=False),
         checkpoint=CheckpointConfig(every=0),
         log=LogConfig(samples_every=0),
@@ -263,13 +266,17 @@ def run_rlalign(spec: Spec) -> list[tuple[float, float]]:
     trainer = PolicyGradientTrainer(
         model,
         make_reward(spec),
-        [{"prompt": prompt} for prompt in make_prompts(tokenizer, spec.prompt_tokens)],
+        [{"prompt": prompt} for prompt in prompts],
         config,
         tokenizer=tokenizer,
         run_dir=Path(tempfile.mkdtemp()) / "run",
     )
     trainer.policy.end_ids = ()  # no token ends a completion: every one runs to the limit
-    return [mark() for _ in trainer.steps()]
+    return trainer
+
+
+def run_rlalign(spec: Spec) -> list[tuple[float, float]]:
+    return [mark() for _ in rlalign_trainer(spec).steps()]
 
 
 if __name__ == "__main__":

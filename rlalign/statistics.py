@@ -110,7 +110,7 @@ class RunningMoments:
         if tuple(state["mean"].shape) != self.shape:
             raise ValueError(f"these statistics are of shape {list(self.shape)}, got {list(state['mean'].shape)}.")
         for name in _STATE:
-            setattr(self, name, state[name].to(getattr(self, name), copy=True))
+            setattr(self, name, state[name].to(getattr(self, name)))
 
     def _of(self, rows: Float[Tensor, "rows *shape"]) -> "RunningMoments":
         batch = RunningMoments(self.shape, device=self.mean.device)

@@ -11,13 +11,13 @@ from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
 from rlalign.config import dump
-from rlalign.llm.config import PolicyGradientConfig
+from rlalign.llm.config import GuardConfig, PolicyGradientConfig
 from rlalign.llm.consistency import check_consistency
 from rlalign.llm.data import Prompts, load_prompts
 from rlalign.llm.data_lint import check_prompts
 from rlalign.llm.evaluation import Evaluator
 from rlalign.llm.policy import Policy
-from rlalign.llm.rewards import build_guard
+from rlalign.llm.rewards import resolve_rewards
 from rlalign.optim.step import SkipBudget, adamw
 from rlalign.training.distributed import sum_over_processes
 from rlalign.training.guard import RewardGuard
@@ -60,8 +60,8 @@ def build_parts(
     train = _prompts(train_dataset, cfg, "train_dataset")
     held_out = None if eval_dataset is None else _prompts(eval_dataset, cfg, "eval_dataset")
     session = _session(cfg, run_dir, config_text)
-    guard = build_guard(reward_funcs, cfg.guard, errors_dir=session.path / "errors")
-    metrics = build_guard(cfg.eval.metrics, cfg.guard, errors_dir=session.path / "errors") if cfg.eval.metrics else guard
+    guard = _guard(reward_funcs, cfg.guard, session.path / "errors")
+    metrics = _guard(cfg.eval.metrics, cfg.guard, session.path / "errors") if cfg.eval.metrics else guard
     policy = Policy.build(model, tokenizer, cfg, peft_config)
     notes = check_consistency(cfg, processes=policy.accelerator.num_processes) + list(train.notes)
     for data, other in ((train, held_out), (held_out, None)):
@@ -97,6 +97,18 @@ def _prompts(source: Any, cfg: PolicyGradientConfig, name: str) -> Prompts:
     template = cfg.data.template if cfg.data else None
     system_prompt = cfg.data.system_prompt if cfg.data else None
     return load_prompts(source, name=name, template=template, system_prompt=system_prompt)
+
+
+def _guard(reward_funcs: Any, cfg: GuardConfig, errors_dir: Path) -> RewardGuard:
+    return RewardGuard(
+        resolve_rewards(reward_funcs),
+        isolation=cfg.isolation,
+        timeout_s=cfg.timeout_s,
+        on_error=cfg.on_error,
+        penalty=cfg.penalty,
+        error_budget=cfg.error_budget,
+        errors_dir=errors_dir,
+    )
 
 
 def _session(cfg: PolicyGradientConfig, run_dir: str | Path | None, config_text: str | None) -> Session:

@@ -13,6 +13,7 @@ from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 from rlalign.config import ConfigError
+from rlalign.llm.config import RewardConfig
 from rlalign.training.reward_function import RewardFunction
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ Reward = str | Callable[..., Any] | RewardFunction
 
 
 def resolve_reward(
-    reward: Reward, *, weight: float = 1.0, arguments: Mapping[str, Any] | None = None, key: str = "rewards.function"
+    reward: Any, *, weight: float = 1.0, arguments: Mapping[str, Any] | None = None, key: str = "rewards.function"
 ) -> RewardFunction:
     """Find the reward a string names, or wrap a Python callable.
 
@@ -68,15 +69,16 @@ def resolve_reward(
 
 
 def resolve_rewards(
-    rewards: Reward | Iterable[Any], *, weights: Sequence[float] | None = None, key: str = "rewards"
+    rewards: Any, *, weights: Sequence[float] | None = None, key: str = "rewards"
 ) -> list[RewardFunction]:
     """Resolve several rewards and give those that share a name a number: `length`, `length_2`.
 
     Args:
-        rewards: One reward, or several; objects with `function`, `weight` and `args` (`RewardConfig`) count too.
+        rewards: One reward, or several; as names, callables, `RewardConfig` or `RewardFunction`.
         weights: One per reward; overrides nothing a `RewardConfig` says.
     """
-    several = [rewards] if isinstance(rewards, str | RewardFunction) or callable(rewards) else list(rewards)
+    one = isinstance(rewards, str | RewardFunction | RewardConfig) or not isinstance(rewards, Iterable)
+    several = [rewards] if one else list(rewards)
     if not several:
         raise ConfigError(f"`{key}` is empty; name at least one reward function.")
     factors = list(weights) if weights is not None else [1.0] * len(several)
@@ -85,10 +87,10 @@ def resolve_rewards(
     resolved = []
     for index, (item, factor) in enumerate(zip(several, factors, strict=True)):
         where = f"{key}.{index}.function"
-        if isinstance(item, str | RewardFunction) or callable(item):
-            resolved.append(resolve_reward(item, weight=factor, key=where))
-        else:
+        if isinstance(item, RewardConfig):
             resolved.append(resolve_reward(item.function, weight=item.weight, arguments=item.args, key=where))
+        else:
+            resolved.append(resolve_reward(item, weight=factor, key=where))
     return _distinct(resolved)
 
 

@@ -84,7 +84,9 @@ class PolicyGradientTrainer:
         self.policy, self.accelerator, self.tokenizer = parts.policy, parts.policy.accelerator, parts.policy.tokenizer
         self.train_data, self.guard, self.session = parts.train_data, parts.guard, parts.session
         self.evaluator, self.optimizer, self.budget = parts.evaluator, parts.optimizer, parts.budget
-        self.estimator, self.watch, self.notes = build_estimator(config.advantage), parts.watch, parts.notes
+        weights = {function.name: function.weight for function in self.guard.functions}
+        self.estimator = build_estimator(config.advantage, part_weights=weights)
+        self.watch, self.notes = parts.watch, parts.notes
         self.buffer, self.metrics = RolloutBuffer(), StepMetrics(self.accelerator)
         self.step, self.updates = 0, 0
 
@@ -158,17 +160,18 @@ class PolicyGradientTrainer:
         with self.metrics.clock("score"):
             rollout = self.policy.complete(rollout)
             if "baseline_reward" in self.estimator.needs:
-                rollout = replace(rollout, baseline_reward=self.greedy_outcome(mine, prompts))
+                rollout = self.with_greedy_baseline(rollout, mine, prompts)
             return gather_rollout(penalised(rollout, self.config.kl), self.accelerator)
 
-    def greedy_outcome(self, rows: list[int], prompts: list[list[int]]) -> Float[Tensor, " batch"]:
-        """Outcome of the most probable completion of each prompt, once per rollout of its group (ReMax)."""
+    def with_greedy_baseline(self, rollout: Rollout, rows: list[int], prompts: list[list[int]]) -> Rollout:
+        """Add the outcome of each prompt's most probable completion (ReMax); without one its group is not scored."""
         cfg = self.config.rollout
         greedy = self.policy.generate(
             prompts, group_size=1, max_new_tokens=cfg.max_completion_tokens, temperature=0.0, decode_rows=cfg.decode_rows
         )
         scored = score_completions(self.guard, self.train_data, rows, greedy, self.tokenizer, step=self.step)
-        return scored.outcome.float().repeat_interleave(cfg.group_size)
+        outcome, known = (values.repeat_interleave(cfg.group_size) for values in (scored.outcome.float(), scored.scored))
+        return replace(rollout, baseline_reward=outcome, scored=rollout.scored & known)
 
     def minibatches(self, batch: TrainBatch) -> Iterator[TrainBatch]:
         """Whole groups, dealt anew in every pass over the rollout."""

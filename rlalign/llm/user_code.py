@@ -1,16 +1,12 @@
-"""Resolve `module:function` and `path/file.py:function`, the one way a configuration names a user's own code."""
+"""Import a user's own function named in a configuration, and say in the configuration's terms why it cannot be done."""
 
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from rlalign.config import ConfigError
+from rlalign.training.reward_function import import_object
 
 
 def is_reference(text: str) -> bool:
@@ -23,40 +19,26 @@ def import_function(reference: str, *, key: str) -> Callable[..., Any]:
     """Import the function a configuration names.
 
     Args:
-        reference: `package.module:function` or `path/to/file.py:function`.
+        reference: `package.module:function` or `path/to/file.py:function`; the current directory counts.
         key: The configuration key that holds it, for messages.
 
     Raises:
         ConfigError: The module, file or function does not exist, or fails while it is imported.
     """
-    place, _, name = reference.rpartition(":")
-    if not is_reference(reference):
-        raise ConfigError(
-            f"`{key}`={reference!r} names no function: write package.module:function or path/file.py:function."
-        )
     try:
-        module = (
-            _import_file(Path(place).expanduser(), key) if place.endswith(".py") else importlib.import_module(place)
-        )
-    except ConfigError:
-        raise
+        function = import_object(reference)
     except ModuleNotFoundError as error:
-        hint = (
-            f"name its file instead: path/to/{place.split('.')[-1]}.py:{name}"
-            if error.name and place.startswith(error.name)
-            else ""
-        )
-        raise ConfigError(f"`{key}`={reference!r}: {error}. {hint or 'Install what is missing.'}") from error
+        raise ConfigError(
+            f"`{key}`={reference!r}: {error}. Install it, or name its file: path/to/file.py:function."
+        ) from error
+    except ImportError as error:
+        raise ConfigError(f"`{key}`={reference!r}: {error}.{_functions_beside(reference)}") from error
     except Exception as error:  # whatever a user's module does while it is imported
         raise ConfigError(
             f"`{key}`={reference!r} fails while it is imported: {type(error).__name__}: {error}"
         ) from error
-    function = vars(module).get(name)
     if not callable(function):
-        functions = sorted(
-            key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")
-        )
-        raise ConfigError(f"`{key}`: {place} has no function {name!r}; it has {', '.join(functions) or 'none'}.")
+        raise ConfigError(f"`{key}`={reference!r} is a {type(function).__name__}, not a function.")
     return function
 
 
@@ -73,21 +55,10 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], 
         raise ConfigError(f"`{key}`: {error}. The function takes {signature}.") from error
 
 
-def _import_file(path: Path, key: str) -> ModuleType:
-    if not path.is_file():
-        raise ConfigError(f"`{key}`: there is no file {path.absolute()}.")
-    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-    name = f"rlalign_user_{path.stem}_{digest}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None, path  # the name ends in .py
-    assert spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and type hints in the file look themselves up
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+def _functions_beside(reference: str) -> str:
+    module = sys.modules.get(reference.rpartition(":")[0])
+    if module is None:
+        return ""
+    members = vars(module).items()
+    names = sorted(name for name, value in members if inspect.isfunction(value) and not name.startswith("_"))
+    return f" It has {', '.join(names) or 'no functions'}."

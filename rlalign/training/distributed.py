@@ -1,7 +1,7 @@
 """Bring what every process collected to every process, so that statistics are those of the whole step."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -10,16 +10,17 @@ from torch import Tensor
 MAX_DIMENSIONS = 8
 
 
+@runtime_checkable
 class Gatherable(Protocol):
     """Anything that is a flat dict of tensors and can be joined; `rlalign.buffers.Rollout` is."""
 
     def state_dict(self) -> Mapping[str, Tensor]: ...
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Self: ...
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Any: ...
 
     @classmethod
-    def concatenate(cls, parts: Sequence[Self]) -> Self: ...
+    def concatenate(cls, parts: Sequence[Any]) -> Any: ...
 
 
 AnyGatherable = TypeVar("AnyGatherable", bound=Gatherable)

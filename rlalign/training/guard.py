@@ -2,11 +2,11 @@
 
 import time
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 WINDOW = 200
-"""Rows the error budget looks back on."""
+"""Rows the error budget looks back on; a larger batch is looked at whole."""
 
 
 class RewardGuard:
@@ -101,7 +101,7 @@ class RewardGuard:
         if errors_dir is not None:
             errors_dir.mkdir(parents=True, exist_ok=True)
         self._batches = 0
-        self._recent: deque[int] = deque(maxlen=WINDOW)
+        self._recent: list[int] = []
         self._runners = [
             make_runner(
                 function,
@@ -184,14 +184,14 @@ class RewardGuard:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._batches = int(state["batches"])
-        self._recent = deque((int(flag) for flag in state["recent"]), maxlen=WINDOW)
+        self._recent = [int(flag) for flag in state["recent"]]
 
     def close(self) -> None:
         """End the worker processes. They also end by themselves with this process, however it ends."""
         for runner in self._runners:
             runner.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RewardGuard":
         return self
 
     def __exit__(
@@ -211,15 +211,19 @@ class RewardGuard:
                 request,
                 timeout_s=self.timeout_s,
                 row_timeout_s=self.row_timeout_s,
-                allowed=self._failures_left(),
+                allowed=self._failures_left(request.rows),
             )
             for runner in self._runners
         ]
 
-    def _failures_left(self) -> int:
+    def _failures_left(self, rows: int) -> int:
         if self.on_error == "raise" or self._batches == 0:
             return 0
-        return max(0, int(self.error_budget * WINDOW) - sum(self._recent))
+        window = max(WINDOW, rows)
+        past = (
+            self._recent[len(self._recent) - (window - rows) :] if window - rows < len(self._recent) else self._recent
+        )
+        return max(0, int(self.error_budget * window + 1e-9) - sum(past))
 
     def _table(self, replies: list[Reply], rows: int, seconds: float) -> RewardTable:
         names = tuple(function.name for function in self.functions)
@@ -247,8 +251,9 @@ class RewardGuard:
     def _judge(self, table: RewardTable, request: Request) -> None:
         """Count, save, and stop where it must be."""
         first_batch = self._batches == 0
-        failed = {error.row for error in table.errors}
-        self._recent.extend(int(row in failed) for row in range(request.rows))
+        failed = {error.row for error in table.errors if error.result.status != "not_run"}
+        flags = self._recent + [int(row in failed) for row in range(request.rows)]
+        self._recent = flags[-max(WINDOW, request.rows) :]
         if table.errors:
             self._stop_if_needed(table, request, first_batch)
         _warn_of_silence(table, first_batch)
@@ -263,10 +268,11 @@ class RewardGuard:
                 f"{describe(table.errors[0], request)} An error in {why} stops the run.{where} "
                 f"Fix the function and try it with `rlalign check`, or return None for rows it cannot judge."
             )
-        if sum(self._recent) > self.error_budget * WINDOW:
+        window = max(WINDOW, request.rows)
+        if sum(self._recent) > self.error_budget * window + 1e-9:
             raise RewardError(
                 f"{sum(self._recent)} of the last {len(self._recent)} rows could not be scored, more than "
-                f"`guard.error_budget`={self.error_budget:g} of {WINDOW} allows. This batch:\n"
+                f"`guard.error_budget`={self.error_budget:g} of {window} allows. This batch:\n"
                 f"{table_of_errors(table.errors, request)}\n{where.strip()} Fix the function, or raise the budget."
             )
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rlalign.training.board import Board
 from rlalign.training.metrics import MetricsLog
@@ -27,7 +27,7 @@ class Journal:
         self.board = Board(total_steps, run.path.name if run else "", quiet=run is None)
         self.trackers: list[Tracker] = open_trackers(trackers, run.path, project=project) if run else []
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Journal":
         self.board.__enter__()
         return self
 

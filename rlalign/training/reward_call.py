@@ -159,6 +159,8 @@ def failure(error: BaseException) -> RowResult:
     """An exception as a row's verdict: one line for people, the traceback for the error file."""
     if isinstance(error, BadReturn):
         return RowResult(None, "wrong_shape", str(error))
+    if isinstance(error, MemoryError):  # its frames still hold what filled the memory that the next lines need
+        traceback.clear_frames(error.__traceback__)
     text = str(error).strip().splitlines()
     message = f"raised {type(error).__name__}" + (f": {text[0][:200]}" if text else "")
     return RowResult(None, "raised", message + _hint(error), "".join(traceback.format_exception(error)))

@@ -1,9 +1,10 @@
 """Where a reward function runs: in a process of its own, or beside the trainer with or without a time limit."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rlalign.training import reward_wire
 from rlalign.training.reward_function import RewardFunction, importable_path
@@ -48,7 +49,17 @@ def _process_path(function: RewardFunction) -> str | None:
     if function.import_path is not None:
         reward_wire.dumps(dict(function.arguments))  # a TypeError here names the argument that is no data
         return function.import_path
-    return None if function.call is None or function.arguments else importable_path(function.call)
+    if function.call is None or not _is_data(function.arguments):
+        return None
+    return importable_path(function.call)
+
+
+def _is_data(arguments: Mapping[str, Any]) -> bool:
+    try:
+        reward_wire.dumps(dict(arguments))
+    except TypeError:
+        return False
+    return True
 
 
 def _cannot_isolate(function: RewardFunction) -> str:

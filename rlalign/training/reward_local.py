@@ -86,7 +86,7 @@ class RewardInProcess:
         copies = {name: self._copy(name, values) for name, values in columns.items()}
         arguments = copies | {k: v for k, v in offered.items() if self.accepts is None or k in self.accepts}
         results, error = [], None
-        with _own_randomness(zlib.crc32(repr(request.columns.get("completions")).encode())):
+        with own_randomness(zlib.crc32(repr(request.columns.get("completions")).encode())):
             try:
                 results = self._limited_call(arguments, request.rows, timeout_s)
             except TimeLimitReached as limit:
@@ -119,7 +119,8 @@ class RewardInProcess:
 
 
 @contextmanager
-def _own_randomness(seed: int) -> Iterator[None]:
+def own_randomness(seed: int) -> Iterator[None]:
+    """Seeded generators inside, the former states of Python's, numpy's and torch's afterwards."""
     numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
     python_state = random.getstate()
     numpy_state = numpy.random.get_state() if numpy is not None else None

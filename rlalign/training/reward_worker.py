@@ -92,8 +92,9 @@ def _score(function: Callable[..., Any], arguments: dict[str, Any], rows: int) -
         answer = {"error": _fields(failure(error))}
     if os.getpid() != pid:  # the reward forked and both copies came back: only the original may answer
         os._exit(0)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(ValueError, OSError):  # it may have closed them
+        sys.stdout.flush()
+        sys.stderr.flush()
     return answer | {"seconds": time.perf_counter() - started}
 
 

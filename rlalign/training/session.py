@@ -3,17 +3,18 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rlalign.training.checkpoint import Checkpoints
 from rlalign.training.journal import Journal
 from rlalign.training.report import write_report
-from rlalign.training.run_directory import RunDirectory
+from rlalign.training.run_directory import RunDirectory, Status
 from rlalign.training.signals import GracefulStop, Interrupted
 
 REQUIRED = ("model", "optimizer", "trainer", "rng")
 
 
+@runtime_checkable
 class Resumable(Protocol):
     """What a session saves and restores."""
 
@@ -94,7 +95,7 @@ class Session:
                 raise
             except BaseException as error:
                 if run is not None:
-                    run.record_error(error)
+                    error.add_note(f"Full traceback: {run.record_error(error)}")
                 self._close(run, "failed", trainer)
                 raise
             else:
@@ -148,11 +149,14 @@ class Session:
             "numbers and statistics are as they were."
         )
 
-    def _close(self, run: RunDirectory | None, status: Any, trainer: Resumable) -> None:
+    def _close(self, run: RunDirectory | None, status: Status, trainer: Resumable) -> None:
         if run is None:
             return
-        run.set_status(status, step=trainer.step, total_steps=self.total_steps)
-        write_report(run.path)
+        try:
+            run.set_status(status, step=trainer.step, total_steps=self.total_steps)
+            self.journal.note(f"Report: {write_report(run.path)}")
+        except OSError as error:  # a full disk must not hide why the run ended
+            self.journal.note(f"The report could not be written ({error}). Later: rlalign report {run.path}")
 
 
 def free_run_path(parent: Path, name: str) -> Path:

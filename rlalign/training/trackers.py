@@ -4,9 +4,10 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Tracker(Protocol):
     def log(self, step: int, metrics: Mapping[str, float | int | str]) -> None: ...
 

@@ -15,7 +15,7 @@ import torch
 
 from rlalign.training.guard import RewardError, RewardFunction, RewardGuard, RewardWarning
 from rlalign.training.reward_function import importable_path
-from rlalign.training.reward_local import RewardInProcess
+from rlalign.training.reward_local import RewardInProcess, own_randomness
 from rlalign.training.reward_process import RewardProcess
 
 SAMPLES = Path(__file__).with_name("reward_samples.py")
@@ -115,10 +115,12 @@ def test_auto_gives_a_process_to_what_a_fresh_interpreter_can_import():
     from textwrap import shorten  # any module-level function of an importable module
 
     in_file = RewardFunction(name="a", call=shorten)
-    closure = RewardFunction(name="b", call=lambda completions: [0.0])
-    with RewardGuard([in_file, closure]) as guard:
+    with_number = RewardFunction(name="b", call=shorten, arguments={"width": 3})
+    with_object = RewardFunction(name="c", call=shorten, arguments={"width": object()})
+    closure = RewardFunction(name="d", call=lambda completions: [0.0])
+    with RewardGuard([in_file, with_number, with_object, closure]) as guard:
         kinds = [type(runner) for runner in guard._runners]
-    assert kinds == [RewardProcess, RewardInProcess]
+    assert kinds == [RewardProcess, RewardProcess, RewardInProcess, RewardInProcess]
 
 
 def test_importable_path_refuses_main_closures_partials_and_impostors(monkeypatch):
@@ -173,14 +175,34 @@ def test_tuples_reach_the_worker_as_tuples():
 
 
 @pytest.mark.parametrize("isolation", ["process", "thread"])
-def test_random_rewards_repeat_and_leave_the_trainers_generators_alone(isolation):
-    random.seed(3)
-    before = random.getstate()
+def test_random_rewards_repeat(isolation):
     with RewardGuard([from_file("draws")], isolation=isolation) as guard:
         first, second = score(guard, ["a", "b"]).values, score(guard, ["a", "b"]).values
         other = score(guard, ["a", "c"]).values
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
+
+
+def test_the_trainers_generators_are_put_back():
+    def seeds_everything(completions):
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        torch.manual_seed(0)
+        return [float(torch.rand(())) + random.random() for _ in completions]
+
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    expected = torch.rand(3), np.random.rand(3)  # noqa: NPY002
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    with RewardGuard([RewardFunction(name="f", call=seeds_everything)]) as guard:
+        score(guard, ["a", "b"])
+    assert torch.equal(torch.rand(3), expected[0])
+    assert np.array_equal(np.random.rand(3), expected[1])  # noqa: NPY002
+    # Python's generator is looked at from nearby: the type checker of the test run draws from it too.
+    before = random.getstate()
+    with own_randomness(7):
+        random.random()
     assert random.getstate() == before
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,26 @@ def test_conjugate_views_are_resolved_and_not_taken_for_their_base() -> None:
     assert torch.equal(got["base"], base)
     assert got["conjugate"].tolist() == [1.0 - 2.0j, 3.0 + 1.0j]
     assert not got["conjugate"].is_conj()
+
+
+class Computed(Mapping[str, torch.Tensor]):
+    """Every look-up makes a new tensor, whose memory is free again once it is dropped."""
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        if not key.isdigit():
+            raise KeyError(key)
+        return torch.full((1,), float(key)).expand(2000)
+
+    def __iter__(self) -> Iterator[str]:
+        return (str(number) for number in range(20))
+
+    def __len__(self) -> int:
+        return 20
+
+
+def test_tensors_that_live_only_during_the_walk_are_not_taken_for_tied() -> None:
+    got = there_and_back(Computed())
+    assert [int(value[0]) for value in got.values()] == list(range(20))
 
 
 def test_two_empty_tensors_are_not_tied() -> None:

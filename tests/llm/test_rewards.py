@@ -1,0 +1,330 @@
+"""Rewards by name: what a string means, what is refused, and that reasoning-gym and math-verify work as they are."""
+
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import reasoning_gym
+import torch
+
+from rlalign.config import ConfigError
+from rlalign.llm.config import RewardConfig
+from rlalign.llm.reward_adapters import ReasoningGymReward, TRLReward, extract_answer, is_more_than_an_expression
+from rlalign.llm.rewards import probe_reward, resolve_reward, resolve_rewards
+from rlalign.training.guard import RewardError, RewardFunction, RewardGuard
+
+SAMPLES = Path(__file__).parents[1] / "training" / "reward_samples.py"
+BAD = Path(__file__).parents[1] / "faults" / "bad_rewards.py"
+QUICK = ["chain_sum", "puzzle24", "n_queens", "binary_matrix", "number_sorting", "simple_integration", "arc_1d"]
+
+
+def score(specs, completions, *, isolation="auto", **columns):
+    functions = [resolve_reward(spec) for spec in specs]
+    with RewardGuard(functions, isolation=isolation) as guard:
+        return guard.score(prompts=["p"] * len(completions), completions=completions, columns=columns).values
+
+
+# What a string means.
+
+
+def test_every_form_of_a_name(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "def shout(completions):\n    return [float(t.isupper()) for t in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for spec, name, path in [
+        (f"{SAMPLES}:length", "length", f"{SAMPLES}:length"),
+        ("my_rewards.py:shout", "shout", f"{tmp_path / 'my_rewards.py'}:shout"),
+        ("my_rewards:shout", "shout", "my_rewards:shout"),
+        ("my_rewards.shout", "shout", "my_rewards:shout"),
+        ("think_format_reward", "think_format_reward", "rlalign.llm.reward_adapters:TRLReward"),
+        ("get_soft_overlong_punishment", "soft_overlong_punishment", "rlalign.llm.reward_adapters:TRLReward"),
+        ("reasoning_gym:chain_sum", "chain_sum", "rlalign.llm.reward_adapters:ReasoningGymReward"),
+    ]:
+        got = resolve_reward(spec, weight=0.5)
+        assert (got.name, got.import_path, got.weight) == (name, path, 0.5), spec
+    assert score(["my_rewards:shout"], ["A", "a"]).tolist() == [[1.0], [0.0]]
+
+
+def test_callables_keep_their_name():
+    def mine(completions):
+        return [0.0]
+
+    assert resolve_reward(mine).name == "mine"
+    assert resolve_reward(partial(mine)).name == "mine"
+    assert resolve_reward(lambda completions: [0.0]).name == "reward"
+    assert resolve_reward(TRLReward("think_format_reward")).name == "TRLReward"
+    done = RewardFunction(name="x", call=mine)
+    assert resolve_reward(done) is done
+
+
+def test_several_rewards_get_distinct_names_and_their_weights():
+    spec = f"{SAMPLES}:scaled"
+    got = resolve_rewards(
+        [RewardConfig(function=spec, weight=2.0, args={"scale": 3.0}), RewardConfig(function=spec), spec]
+    )
+    assert [(f.name, f.weight, dict(f.arguments)) for f in got] == [
+        ("scaled", 2.0, {"scale": 3.0}),
+        ("scaled_2", 1.0, {}),
+        ("scaled_3", 1.0, {}),
+    ]
+    assert [f.weight for f in resolve_rewards([spec, spec], weights=[1.0, 0.25])] == [1.0, 0.25]
+    assert [f.name for f in resolve_rewards(spec)] == ["scaled"]
+    with pytest.raises(ConfigError, match="3 reward weights for 1 rewards"):
+        resolve_rewards([spec], weights=[1.0, 2.0, 3.0])
+    with pytest.raises(ConfigError, match="`rewards` is empty"):
+        resolve_rewards([])
+    for wrong, place in ((3, 0), ([spec, None], 1)):
+        with pytest.raises(ConfigError, match=f"`rewards.{place}.function` must be a function or its name, got"):
+            resolve_rewards(wrong)
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        (f"{SAMPLES}:lenght", r"defines no 'lenght'. Did you mean length\?"),
+        (f"{SAMPLES.with_name('reward_sample.py')}:length", r"there is no file .*Did you mean reward_samples.py"),
+        ("accuracy_rewards", r"no name of trl.rewards. Did you mean accuracy_reward"),
+        ("no_such_package_here.sub:f", r"no importable module. .*`no_such_package_here/sub.py:f`"),
+        ("no_such_package_here.f", "no importable module"),
+        ("os:not a name", "no importable module"),
+        (3, "must be a function or its name, got int 3"),
+    ],
+)
+def test_what_is_not_there_is_refused_with_what_comes_near(spec, told):
+    with pytest.raises(ConfigError, match=told):
+        resolve_reward(spec)
+
+
+def test_a_reward_file_is_parsed_and_not_run(tmp_path):
+    path, canary = tmp_path / "r.py", tmp_path / "canary"
+    path.write_text(f"open({str(canary)!r}, 'w')\nwith open('x') as f: pass\nf = g = lambda completions: [0.0]\n")
+    assert resolve_reward(f"{path}:g").name == "g"
+    assert not canary.exists()
+    path.write_text("def f(:\n")
+    with pytest.raises(ConfigError, match=r"r.py is not valid Python: .*line 1"):
+        resolve_reward(f"{path}:f")
+
+
+# TRL's rewards and math-verify.
+
+SOLUTIONS = [r"$\frac{1}{3}$", r"$\frac{1}{3}$", "no mathematics here", "$4$"]
+ANSWERS = [r"It is \boxed{\frac{2}{6}}", r"\boxed{\frac{1}{2}}", r"\boxed{1}", r"The final answer is $4$."]
+# `None` for a gold answer that holds no mathematics: TRL's convention
+EXPECTED = [1.0, 0.0, None, 1.0]
+
+
+@pytest.mark.parametrize("isolation", ["process", "thread"])
+def test_math_verify_grades_plain_text_and_messages(isolation):
+    chat = [[{"role": "assistant", "content": text}] for text in ANSWERS]
+    for completions in (ANSWERS, chat):
+        values = score(["accuracy_reward"], completions, isolation=isolation, solution=SOLUTIONS)[:, 0].tolist()
+        assert [None if value != value else value for value in values] == EXPECTED
+
+
+def test_math_verify_meets_hostile_answers_without_running_them(tmp_path):
+    canary = tmp_path / "canary"
+    code = f"__import__('pathlib').Path({str(canary)!r}).touch()"
+    hostile = [code, rf"\boxed{{{code}}}", r"\boxed{9^{9^{9^{9}}}}", "\\boxed{" * 300, "(" * 20_000, "9" * 20_000]
+    values = score(["accuracy_reward"], [r"\boxed{4}", *hostile], solution=["$4$"] * 7)[:, 0].tolist()
+    assert values == [1.0] + [0.0] * 6
+    assert not canary.exists()
+
+
+def test_trl_factories_and_formats():
+    think = ["<think>\nhm\n</think>\n4", "4"]
+    assert score(["think_format_reward"], think).tolist() == [[1.0], [0.0]]
+    function = resolve_reward("get_repetition_penalty_reward", arguments={"ngram_size": 2, "max_penalty": -1.0})
+    with RewardGuard([function]) as guard:
+        got = guard.score(prompts=["p"] * 2, completions=["a", "b"], completion_ids=[[1, 2, 3, 4], [5, 5, 5, 5, 5]])
+    # 3 different of 3 pairs: 0; 1 different of 4: -(1 - 1/4)
+    assert got.values.tolist() == [[0.0], [-0.75]]
+
+
+def test_workers_of_trl_rewards_import_no_torch():
+    report = probe_reward("accuracy_reward")
+    assert report.ok, report
+    assert "torch" not in str(report)
+    assert "the data set must have: solution" in str(report)
+
+
+# reasoning-gym.
+
+
+@pytest.mark.parametrize("task", QUICK)
+def test_reasoning_gym_rates_its_own_answers_right_and_nonsense_low(task):
+    entries = list(reasoning_gym.create_dataset(task, size=3, seed=1))
+    right = [f"Let me see.\n<answer>{entry['answer']}</answer>" for entry in entries]
+    wrong = ["<answer>no idea</answer>"] * 3
+    columns = {key: [entry[key] for entry in entries] * 2 for key in ("answer", "metadata")}
+    reward = ReasoningGymReward(task)
+    scores = reward(completions=right + wrong, **columns)
+    dataset = reasoning_gym.create_dataset(task)
+    assert scores[:3] == [dataset.score_answer(entry["answer"], entry) for entry in entries] == [1.0] * 3
+    assert max(scores[3:]) <= 0.1
+
+
+def test_reasoning_gym_through_a_worker_keeps_the_entries_types():
+    # ARC boards are tuples, and a board of lists would compare unequal: 0.05 in place of 1
+    entries = list(reasoning_gym.create_dataset("rearc", size=2, seed=3))
+    columns = {key: [entry[key] for entry in entries] for key in ("answer", "metadata")}
+    values = score(["reasoning_gym:rearc"], [entry["answer"] for entry in entries], **columns)
+    assert values.tolist() == [[1.0], [1.0]]
+
+
+def test_mixed_tasks_and_whole_entries():
+    entries = [reasoning_gym.create_dataset(task, size=1, seed=1)[0] for task in ("chain_sum", "gcd")]
+    reward = ReasoningGymReward("auto")
+    assert reward(completions=[entry["answer"] for entry in entries], entry=entries) == [1.0, 1.0]
+    chat = [[{"role": "assistant", "content": entry["answer"]}] for entry in entries]
+    assert reward(completions=chat, entry=entries) == [1.0, 1.0]
+    with pytest.raises(LookupError, match="need the columns `answer` and `metadata`, or `entry`"):
+        reward(completions=["1"])
+
+
+def test_an_unknown_task_is_named():
+    with (
+        RewardGuard([resolve_reward("reasoning_gym:chain_sums")]) as guard,
+        pytest.raises(RewardError, match="no task 'chain_sums'; it has ab, "),
+    ):
+        guard.prepare(["answer", "metadata"])
+
+
+@pytest.mark.parametrize("task", ["n_queens", "binary_matrix", "spiral_matrix", "string_insertion", "number_sorting"])
+def test_tasks_that_evaluate_answers_run_no_code(task, tmp_path):
+    canary = tmp_path / "canary"
+    entry = reasoning_gym.create_dataset(task, size=1, seed=1)[0]
+    attack = f"[__import__('pathlib').Path({str(canary)!r}).touch()]"
+    assert ReasoningGymReward(task)(completions=[attack], entry=[entry])[0] < 0.5
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("task", ["puzzle24", "countdown", "simple_integration", "polynomial_multiplication"])
+def test_tasks_that_parse_with_sympy_run_no_code(task, tmp_path):
+    canary = tmp_path / "canary"
+    entry = reasoning_gym.create_dataset(task, size=1, seed=1)[0]
+    attacks = [
+        f"open({str(canary)!r}, 'w')",
+        f"__import__('pathlib').Path({str(canary)!r}).touch()",
+        "exit()",
+        "1" * 5000,
+    ]
+    assert ReasoningGymReward(task)(completions=attacks, entry=[entry] * 4) == [0.0] * 4
+    assert not canary.exists()
+
+
+def test_what_counts_as_more_than_an_expression():
+    for text in ("x**2 + 3*x - 1", "sin(x)*exp(-2.5*x)/3 + C", "log(Abs(x))", "(1 + 3) * 6", "max(x, 2)", "pi", ""):
+        assert not is_more_than_an_expression(text), text
+    for text in ("().__class__", "x.foo", "'a'", "lambda: 0", "open(x)", "print(1)", "eval(x)", "a[0]", "1 " * 600):
+        assert is_more_than_an_expression(text), text
+
+
+def test_the_answer_is_taken_from_the_last_tag_or_after_the_thoughts():
+    assert extract_answer("<answer>1</answer> or <answer>\n 2 \n</answer>.") == "2"
+    assert extract_answer("<think>3</think>\n 4 ") == "4"
+    assert extract_answer(" 5 ") == "5"
+
+
+# `rlalign check file.py:function`.
+
+
+def verdicts(report) -> dict[str, str]:
+    return {probe.name: probe.status for probe in report.probes}
+
+
+def test_probe_of_a_good_reward():
+    report = probe_reward(f"{SAMPLES}:matches")
+    assert report.ok
+    assert set(verdicts(report).values()) == {"pass", "note"}
+    assert str(report).endswith("ready to train with")
+    assert re.search(r"pass  import +in a process of its own, in \d\.\d\d s\n", str(report))
+    assert re.search(r"note  columns +the data set must have: answer", str(report))
+    assert re.search(r"pass  signal +rewards of the samples: 1, 0, 0, 0, 0", str(report))
+
+
+@pytest.mark.parametrize(
+    ("name", "probe", "status", "told"),
+    [
+        ("too_short", "samples", "pass", "plain text and chat messages"),
+        ("constant", "signal", "note", "all samples got the same: 1, 1, 1, 1, 1"),
+        ("mutates", "inputs", "note", "changes its arguments"),
+        ("mutates_deep", "samples", "FAIL", "string indices|'str' object|TypeError"),
+    ],
+)
+def test_probe_tells_what_is_odd(name, probe, status, told):
+    report = probe_reward(f"{BAD}:{name}")
+    (found,) = [p for p in report.probes if p.name == probe]
+    assert found.status == status
+    assert re.search(told, found.detail), found.detail
+
+
+def test_probe_fails_with_a_fix(tmp_path):
+    path = tmp_path / "r.py"
+    path.write_text(
+        "import re, math\n"
+        "count = []\n"
+        "def fragile(completions):\n    return [float(re.search(r'\\w+', t).end()) for t in completions]\n"
+        "def stateful(completions):\n    count.append(1)\n    return [float(len(count)) for t in completions]\n"
+        "def hangs(completions):\n"
+        "    while any(len(t) > 50_000 for t in completions): pass\n"
+        "    return [float(len(t)) for t in completions]\n"
+        "def chat(completions):\n    return [float(len(c[0]['content'])) for c in completions]\n"
+        "def nan(completions):\n    return [math.nan for _ in completions]\n"
+        "def alone(completions):\n    return [float(completions.index(t)) for t in completions]\n"
+    )
+    fragile = probe_reward(f"{path}:fragile")
+    assert not fragile.ok
+    assert verdicts(fragile)["empty"] == "FAIL"
+    assert "fix: return 0 (or None) for what it cannot judge" in str(fragile)
+    assert "probes failed" in str(fragile)
+    assert verdicts(probe_reward(f"{path}:stateful"))["repeatable"] == "FAIL"
+    hangs = probe_reward(f"{path}:hangs", timeout_s=0.5)
+    assert verdicts(hangs) | {"speed": ""} == verdicts(hangs) | {"100,000 characters": "FAIL", "speed": ""}
+    chat = probe_reward(f"{path}:chat")
+    assert chat.ok
+    assert "chat messages only" in str(chat)
+    nan = probe_reward(f"{path}:nan")
+    assert [p.status for p in nan.probes] == ["pass", "FAIL"]
+    assert "row 0: returned nan" in str(nan)
+    assert verdicts(probe_reward(f"{path}:alone"))["order"] == "note"
+
+
+def test_probe_of_what_cannot_be_imported_and_of_a_closure(tmp_path):
+    path = tmp_path / "r.py"
+    path.write_text("import nothing_like_this\ndef f(completions): return [0.0]\n")
+    report = probe_reward(f"{path}:f")
+    assert not report.ok
+    assert "No module named 'nothing_like_this'" in str(report)
+    closure = probe_reward(lambda completions: [float(len(text)) for text in completions])
+    assert closure.ok
+    assert "runs inside the trainer: a crash would end the run" in str(closure)
+
+
+def test_probe_with_rows_of_the_data_and_with_a_task():
+    rows = [{"prompt": "1+1", "completion": "2", "answer": "2"}, {"prompt": "1+2", "completion": "4", "answer": "3"}]
+    assert "rewards of the samples: 1, 0" in str(probe_reward(f"{SAMPLES}:matches", rows=rows))
+    report = probe_reward("reasoning_gym:chain_sum")
+    assert report.ok
+    assert "rewards of the samples: 1, 0, 1, 0" in str(report)
+
+
+def test_checking_a_reward_imports_no_torch():
+    code = (
+        "import sys\nfrom rlalign.llm.rewards import probe_reward\n"
+        f"assert probe_reward({f'{SAMPLES}:length'!r}).ok\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_library_function_given_as_an_object_still_gets_a_process():
+    from trl.rewards import think_format_reward
+
+    completions = [[{"role": "assistant", "content": "<think>a</think>b"}], [{"role": "assistant", "content": "b"}]]
+    with RewardGuard([resolve_reward(think_format_reward)], isolation="process") as guard:
+        values = guard.score(prompts=["p"] * 2, completions=completions).values
+    assert torch.equal(values, torch.tensor([[1.0], [0.0]], dtype=torch.float64))
