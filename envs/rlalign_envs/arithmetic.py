@@ -38,12 +38,13 @@ def problems(
     high: int | None = None,
     operators: str = "+",
     negative: bool = False,
+    held_out_share: float = HELD_OUT_SHARE,
     template: str = "question",
     conversational: bool = True,
 ) -> list[dict[str, Any]]:
     """Draw distinct problems. No number of the `eval` split is ever an operand in the `train` split.
 
-    A number belongs to one split by its hash, whatever the range, the seed or the operators; about 30 % are held out.
+    A number belongs to one split by its hash, whatever the range, the seed or the operators.
 
     Args:
         count: How many; None gives all there are, in random order.
@@ -54,6 +55,7 @@ def problems(
         high: Largest operand, in place of 10 ** digits - 1.
         operators: Any of `+`, `-` and `*`, each drawn equally often.
         negative: False puts the larger operand first in differences.
+        held_out_share: Share of numbers kept for the eval split, between 0 and 1; the same for both splits.
         template: A name of `TEMPLATES`, or a text with `{left}`, `{operator}` and `{right}`.
         conversational: True wraps the prompt as one user message; False leaves plain text.
 
@@ -63,7 +65,7 @@ def problems(
     Raises:
         ValueError: The range is empty in this split, or holds fewer problems than asked for.
     """
-    numbers = _operands(0 if low is None else low, 10**digits - 1 if high is None else high, split)
+    numbers = _operands(0 if low is None else low, 10**digits - 1 if high is None else high, split, held_out_share)
     if not operators or set(operators) - set(OPERATORS):
         raise ValueError(f"`operators`={operators!r} must be one or more of {' '.join(OPERATORS)}")
     pattern = _pattern(template)
@@ -105,20 +107,20 @@ def numbers_in(text: str) -> list[Decimal]:
     return [Decimal(number.replace(",", "")) for number in found]
 
 
-def held_out(number: int) -> bool:
-    """Whether a number belongs to the eval split: a fixed property of the number."""
+def held_out(number: int, share: float = HELD_OUT_SHARE) -> bool:
+    """Whether a number belongs to the eval split: a fixed property of the number and the share."""
     digest = hashlib.sha256(f"arithmetic {number}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
+    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def _text(completion: Completion) -> str:
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
-def _operands(low: int, high: int, split: str) -> list[int]:
+def _operands(low: int, high: int, split: str, share: float) -> list[int]:
     if split not in ("train", "eval"):
         raise ValueError(f"`split`={split!r} must be train or eval")
-    numbers = [number for number in range(low, high + 1) if held_out(number) == (split == "eval")]
+    numbers = [number for number in range(low, high + 1) if held_out(number, share) == (split == "eval")]
     if not numbers:
         raise ValueError(f"the {split} split has no operands between {low} and {high}; widen the range")
     return numbers

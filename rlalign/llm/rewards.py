@@ -77,8 +77,7 @@ def resolve_rewards(
         rewards: One reward, or several; as names, callables, `RewardConfig` or `RewardFunction`.
         weights: One per reward; overrides nothing a `RewardConfig` says.
     """
-    one = isinstance(rewards, str | RewardFunction | RewardConfig) or not isinstance(rewards, Iterable)
-    several = [rewards] if one else list(rewards)
+    several = list(rewards) if isinstance(rewards, Iterable) and not isinstance(rewards, str) else [rewards]
     if not several:
         raise ConfigError(f"`{key}` is empty; name at least one reward function.")
     factors = list(weights) if weights is not None else [1.0] * len(several)

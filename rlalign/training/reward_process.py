@@ -39,6 +39,9 @@ class RewardProcess:
     the one row that caused it. Not covered: a child that calls `setsid` itself, and this is no sandbox, the function
     has the user's rights.
 
+    On Linux the worker dies with the thread that started it (that is how the kernel ties it to the trainer); one that
+    died idle is replaced without a word.
+
     Starting does not wait: the constructor returns at once and the first request waits for what is left of the import.
     """
 
