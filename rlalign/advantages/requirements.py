@@ -9,7 +9,7 @@ from rlalign.functional.masked import CONSTANT_SPREAD
 PROVIDED_BY = {
     "values": "only a policy with a critic records it (`policy.value_head`)",
     "next_values": "only a policy with a critic records it (`policy.value_head`)",
-    "baseline_reward": "set `rollout.greedy_baseline: true`",
+    "baseline_reward": "the language-model trainer collects it by itself; a rollout of your own must bring it",
 }
 
 

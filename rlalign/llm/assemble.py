@@ -11,11 +11,11 @@ from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
 from rlalign.config import dump
-from rlalign.llm.config import GuardConfig, PolicyGradientConfig
+from rlalign.llm.config import BaselineConfig, GuardConfig, PolicyGradientConfig
 from rlalign.llm.consistency import check_consistency
 from rlalign.llm.data import Prompts, load_prompts
 from rlalign.llm.data_lint import check_prompts
-from rlalign.llm.evaluation import Evaluator
+from rlalign.llm.evaluation import Baseline, Evaluator
 from rlalign.llm.policy import Policy
 from rlalign.llm.rewards import resolve_rewards
 from rlalign.optim.step import SkipBudget, adamw
@@ -79,7 +79,7 @@ def build_parts(
         eps=cfg.optim.eps,
         weight_decay=cfg.optim.weight_decay,
     )
-    baselines = [_prompts(asked, cfg, f"eval.baselines.{n}") for n, asked in enumerate(cfg.eval.baselines)]
+    baselines = [_baseline(asked, number, cfg, session.path / "errors") for number, asked in enumerate(cfg.eval.baselines)]
     return Parts(
         policy=policy,
         train_data=train,
@@ -99,11 +99,22 @@ def _prompts(source: Any, cfg: PolicyGradientConfig, name: str) -> Prompts:
     return load_prompts(source, name=name, template=template, system_prompt=system_prompt)
 
 
+def _baseline(asked: BaselineConfig, number: int, cfg: PolicyGradientConfig, errors_dir: Path) -> Baseline:
+    return Baseline(
+        data=load_prompts(asked.data, name=f"eval.baselines.{number}.data"),
+        guard=_guard(asked.metrics, cfg.guard, errors_dir) if asked.metrics else None,
+        max_completion_tokens=asked.max_completion_tokens,
+    )
+
+
 def _guard(reward_funcs: Any, cfg: GuardConfig, errors_dir: Path) -> RewardGuard:
     return RewardGuard(
         resolve_rewards(reward_funcs),
         isolation=cfg.isolation,
         timeout_s=cfg.timeout_s,
+        row_timeout_s=cfg.row_timeout_s,
+        start_timeout_s=cfg.start_timeout_s,
+        memory_limit_gb=cfg.memory_limit_gb,
         on_error=cfg.on_error,
         penalty=cfg.penalty,
         error_budget=cfg.error_budget,

@@ -105,13 +105,14 @@ def assemble_rollout(
         first_group: Group id of the first prompt; ids are unique over the whole run.
         mask_truncated: Take completions that hit the limit out of the loss. They stay in every baseline.
     """
-    ids, lengths = generations.ids.cpu(), generations.lengths.cpu()
+    ids, lengths, log_prob = generations.ids.cpu(), generations.lengths.cpu(), generations.log_prob.float().cpu()
     mask, truncated = generations.mask.cpu(), generations.truncated.cpu()
     last = torch.arange(ids.shape[1]) == (lengths - 1)[:, None]
     widest = max(map(len, prompt_tokens))
     prompts = torch.tensor([list(tokens) + [0] * (widest - len(tokens)) for tokens in prompt_tokens])
     return Rollout(
-        log_prob_old=generations.log_prob.float().cpu(),
+        log_prob_old=log_prob,
+        log_prob_engine=log_prob if generations.external else None,
         rewards=last * scored.outcome.float()[:, None],
         mask=mask & ~truncated[:, None] if mask_truncated else mask,
         terminated=last & ~truncated[:, None],

@@ -1,6 +1,7 @@
 """Settings of the language-model trainers: data only, no torch. Defaults of `BNPOConfig` are the BNPO paper's."""
 
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -13,6 +14,7 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+Port = Annotated[int, Field(ge=1, le=65535)]
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -87,10 +89,66 @@ class GuardConfig:
 
     isolation: Literal["auto", "process", "thread", "none"] = "auto"
     timeout_s: Positive = 60.0
+    """Longest one call for a whole batch may take."""
+    row_timeout_s: Positive | None = None
+    """Longest a single row may take when a failed call is taken apart; None: a quarter of `timeout_s`."""
+    start_timeout_s: Positive = 300.0
+    """Longest the import of a function may take; models that a reward loads count."""
+    memory_limit_gb: Positive | None = None
+    """Of each worker process; None: half of the machine. `isolation: process` only."""
     on_error: Literal["raise", "abstain", "penalty"] = "abstain"
     penalty: Finite = 0.0
     error_budget: Fraction = 0.05
     """Abort when more than this share of the last 200 rows failed. The first batch always raises."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transformers:
+    """Sample in the training process with the model itself."""
+
+    __pydantic_config__ = STRICT
+    type: Literal["transformers"] = "transformers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLLMServer:
+    """Sample with a running `trl vllm-serve`, which gets the new weights before every rollout. Needs CUDA devices.
+
+    The server has devices of its own. Held-out evaluation and greedy baselines still sample in the training process.
+    A run resumes with the right weights, but a server's random numbers are its own: not bit for bit.
+    """
+
+    __pydantic_config__ = STRICT
+    type: Literal["vllm_server"] = "vllm_server"
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    group_port: Port = 51216
+    """Of the connection that carries the weights."""
+    timeout_s: NonNegative = 240.0
+    """How long to wait, when training begins, for a server that is still loading."""
+    allow_remote: bool = False
+    """Talk to another machine. The server asks nobody for a password and nothing is encrypted: whoever reaches its
+    ports can read prompts and replace weights, so keep both on a network of your own."""
+
+    def __post_init__(self) -> None:
+        if not (self.allow_remote or is_loopback(self.host)):
+            raise ValueError(
+                f"`host`={self.host} is not this machine. Use 127.0.0.1; or set `allow_remote: true` on a network where "
+                "nobody else reaches the server, which has no password and no encryption."
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can be meant: `localhost`, 127.0.0.0/8 or ::1."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name; who knows where it leads
+        return False
+
+
+EngineConfig = Annotated[Transformers | VLLMServer, Field(discriminator="type")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +169,8 @@ class RolloutConfig:
     """Completions that hit `max_completion_tokens` count in baselines but not in the loss (DAPO)."""
     decode_rows: Count | None = None
     """Most rows decoded at once; None decodes the whole step in one batch."""
-    engine: Literal["transformers", "vllm"] = "transformers"
-    engine_args: dict[str, Any] = field(default_factory=dict)
-    """Passed to `vllm.LLM` as they are."""
+    engine: EngineConfig = field(default_factory=Transformers)
+    """Who samples: this process, or a vLLM server on other CUDA devices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +276,18 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BaselineConfig:
+    """The held-out questions put in other words, with the room and the metric that suit these words."""
+
+    __pydantic_config__ = STRICT
+
+    data: DatasetConfig
+    metrics: list[RewardConfig] = field(default_factory=list)
+    """Functions that score the answers; those of the evaluation when empty."""
+    max_completion_tokens: Count | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Held-out evaluation with its own sampling; before the first step, every `every` steps, and at the end."""
 
@@ -229,8 +298,8 @@ class EvalConfig:
     before: bool = True
     temperature: NonNegative = 0.0
     """0 is greedy."""
-    baselines: list[DatasetConfig] = field(default_factory=list)
-    """The held-out questions in other words, put to the untouched model only: a fair "before" is its best phrasing."""
+    baselines: list[BaselineConfig] = field(default_factory=list)
+    """Other phrasings, put to the untouched model only: a fair "before" is its best phrasing."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_completion_tokens: Count | None = None
     batch_rows: Count = 128

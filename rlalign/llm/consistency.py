@@ -2,7 +2,7 @@
 
 from rlalign.advantages.config import GAE, BetaNormalized
 from rlalign.config import ConfigError
-from rlalign.llm.config import GSPO, PolicyGradientConfig, Reinforce
+from rlalign.llm.config import GSPO, PolicyGradientConfig, Reinforce, VLLMServer
 
 
 def check_consistency(cfg: PolicyGradientConfig, *, processes: int = 1) -> list[str]:
@@ -19,6 +19,7 @@ def check_consistency(cfg: PolicyGradientConfig, *, processes: int = 1) -> list[
 
 def _problems(cfg: PolicyGradientConfig, processes: int) -> list[str | None]:
     rollout, optim = cfg.rollout, cfg.optim
+    served = isinstance(rollout.engine, VLLMServer)
     prompts, updates = rollout.prompts_per_step, optim.update_epochs * optim.minibatches
     return [
         f"`rollout.prompts_per_step`={prompts} cannot be dealt to {processes} processes; choose a multiple."
@@ -43,8 +44,12 @@ def _problems(cfg: PolicyGradientConfig, processes: int) -> list[str | None]:
         "`eval.patience` counts evaluations during training: set `eval.every`."
         if cfg.eval.patience is not None and not cfg.eval.every
         else None,
-        "`rollout.engine: vllm` samples on a CUDA device with vLLM: `model.device` must be cuda or auto."
-        if rollout.engine == "vllm" and cfg.model is not None and cfg.model.device in ("cpu", "mps")
+        "`rollout.engine.type: vllm_server` gets its weights over NCCL, from CUDA devices only: set `model.device` to "
+        "cuda or auto, or `rollout.engine.type` to transformers."
+        if served and cfg.model is not None and cfg.model.device in ("cpu", "mps")
+        else None,
+        "`rollout.decode_rows` is for `rollout.engine.type: transformers`; a vLLM server batches by itself. Leave it out."
+        if served and rollout.decode_rows is not None
         else None,
     ]
 

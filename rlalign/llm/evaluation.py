@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +18,23 @@ from rlalign.training.journal import Journal
 from rlalign.training.session import Session
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Baseline:
+    """Held-out questions in other words, scored in their own way."""
+
+    data: Prompts
+    guard: RewardGuard | None
+    """None: the evaluation's own."""
+    max_completion_tokens: int | None
+
+
 class Evaluator:
     """Scores the policy on held-out prompts and remembers the best evaluation.
 
     Args:
         data: None makes every method do nothing.
         guard: Scores the completions: the metrics of `eval.metrics`, or the rewards themselves.
-        baselines: The same rows put to the untouched model in other words, one dataset each.
+        baselines: The same questions put to the untouched model in other words.
     """
 
     def __init__(
@@ -34,7 +45,7 @@ class Evaluator:
         cfg: PolicyGradientConfig,
         session: Session,
         *,
-        baselines: Sequence[Prompts] = (),
+        baselines: Sequence["Baseline"] = (),
     ):
         self.policy, self.data, self.guard, self.cfg, self.session = policy, data, guard, cfg, session
         self.baselines = list(baselines)
@@ -50,8 +61,8 @@ class Evaluator:
         if self.data is None or self.started or not self.cfg.eval.before:
             return
         alternatives = []
-        for number, data in enumerate(self.baselines, 1):
-            metrics, rows = self.run(data)
+        for number, asked in enumerate(self.baselines, 1):
+            metrics, rows = self.run(asked)
             alternatives.append(metrics["eval/reward_mean"])
             journal.samples(f"baseline-{number}", rows)
             journal.note(f"Untouched model, baseline phrasing {number}: {_in_words(metrics)}")
@@ -68,9 +79,10 @@ class Evaluator:
         if self.data is not None and self.evaluated_at != step:
             self._record(step, journal, {})
 
-    def run(self, data: Prompts | None = None) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def run(self, asked: Baseline | None = None) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Complete and score every held-out row; return the metrics and what the samples file gets."""
-        data = data if data is not None else self.data
+        data = self.data if asked is None else asked.data
+        guard = self.guard if asked is None or asked.guard is None else asked.guard
         if data is None:
             raise ValueError("there is no held-out data: pass `eval_dataset`, or set `data.eval` in the config.")
         accelerator = self.policy.accelerator
@@ -79,16 +91,16 @@ class Evaluator:
         order = sorted(range(len(data)), key=lambda row: len(tokens[row]))
         mine = order[accelerator.process_index :: accelerator.num_processes]
         rows: list[dict[str, Any]] = []
-        values = torch.full((len(data), len(self.guard.functions) + 1), math.nan, dtype=torch.float64)
+        values = torch.full((len(data), len(guard.functions) + 1), math.nan, dtype=torch.float64)
         for start in range(0, len(mine), self.cfg.eval.batch_rows):
             batch = mine[start : start + self.cfg.eval.batch_rows]
-            generations = self._complete([tokens[row] for row in batch], batch)
-            scored = score_completions(self.guard, data, batch, generations, self.policy.tokenizer, step=-1)
+            generations = self._complete([tokens[row] for row in batch], batch, asked.max_completion_tokens if asked else None)
+            scored = score_completions(guard, data, batch, generations, self.policy.tokenizer, step=-1)
             values[batch, 0] = torch.where(scored.scored, scored.outcome, math.nan)
             values[batch, 1:] = scored.table.values
             rows += _sample_rows(scored, batch, generations)
         values = _merge(gather_ragged(values, accelerator)) if accelerator.num_processes > 1 else values
-        return _metrics(values, [function.name for function in self.guard.functions]), sorted(
+        return _metrics(values, [function.name for function in guard.functions]), sorted(
             rows, key=lambda row: row["prompt_id"]
         )
 
@@ -111,9 +123,9 @@ class Evaluator:
         else:
             self.stale += 1
 
-    def _complete(self, prompts: list[list[int]], rows: Sequence[int]) -> Generations:
+    def _complete(self, prompts: list[list[int]], rows: Sequence[int], limit: int | None) -> Generations:
         cfg = self.cfg.eval
-        time = cfg.max_completion_tokens or self.cfg.rollout.max_completion_tokens
+        time = limit or cfg.max_completion_tokens or self.cfg.rollout.max_completion_tokens
         # Step -1 of the training stream does not exist, so held-out sampling shares no random numbers with it.
         uniforms = row_uniforms(-1, rows, group_size=1, time=time, seed=self.cfg.seed) if cfg.temperature > 0 else None
         return self.policy.generate(

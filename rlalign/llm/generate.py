@@ -1,4 +1,4 @@
-"""Sample groups of completions: each prompt prefilled once, one decode batch, rows leave at their end of sequence."""
+"""Sample groups of completions: shared beginnings computed once, one decode batch, rows leave at their end."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,17 +10,23 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 
+SHORTEST_SHARED = 8
+"""Fewer tokens in common are not worth a forward pass of their own."""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Generations:
     """Completions of one decode batch, right-padded. Rows of a prompt are contiguous."""
 
     ids: Int[Tensor, "rows time"]
     log_prob: Float[Tensor, "rows time"]
-    """Of each sampled token at the sampling temperature, in nats; 0 at padding."""
+    """Of each sampled token at the sampling temperature, in nats; 0 at padding, NaN where an engine reported none."""
     lengths: Int[Tensor, " rows"]
     """Tokens of each completion, its end-of-sequence token included."""
     truncated: Bool[Tensor, " rows"]
     """The completion reached the token limit without an end of sequence."""
+    external: bool = False
+    """Another program sampled, and its log-probabilities differ from the trainer's for the same weights."""
 
     @property
     def mask(self) -> Bool[Tensor, "rows time"]:
@@ -33,12 +39,15 @@ class GrowingLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-            self.storage = (self.keys, self.values)
-        used, needed = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+            self.storage = (key_states[:, :, :0], value_states[:, :, :0])
+            self.keys, self.values = self.storage
+        keys, values = self.keys, self.values
+        assert keys is not None
+        assert values is not None
+        used, needed = keys.shape[2], keys.shape[2] + key_states.shape[2]
         # Selecting or repeating rows replaces `keys` by a fresh tensor: the old storage is then of no use.
-        if self.keys.data_ptr() != self.storage[0].data_ptr() or needed > self.storage[0].shape[2]:
-            self.storage = tuple(_with_room(old, needed + needed // 2) for old in (self.keys, self.values))
+        if keys.data_ptr() != self.storage[0].data_ptr() or needed > self.storage[0].shape[2]:
+            self.storage = (_with_room(keys, needed + needed // 2), _with_room(values, needed + needed // 2))
         for storage, new in zip(self.storage, (key_states, value_states), strict=True):
             storage[:, :, used:needed] = new
         self.keys, self.values = (storage[:, :, :needed] for storage in self.storage)
@@ -88,7 +97,7 @@ def generate_groups(
         decode_rows: Most rows decoded at once; whole groups, at least one.
 
     Raises:
-        ValueError: A prompt is empty, or `uniforms` is missing or of another shape.
+        ValueError: A prompt is empty, `uniforms` is missing or of another shape, or the model gives NaN.
     """
     rows = len(prompts) * group_size
     if empty := [index for index, prompt in enumerate(prompts) if len(prompt) == 0]:
@@ -96,30 +105,37 @@ def generate_groups(
     if temperature > 0 and (uniforms is None or uniforms.shape != (rows, max_new_tokens)):
         got = None if uniforms is None else tuple(uniforms.shape)
         raise ValueError(f"sampling needs `uniforms` of shape {(rows, max_new_tokens)}, got {got}.")
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     ids = torch.full((rows, max_new_tokens), pad_id, dtype=torch.long, device=device)
     log_prob = torch.zeros(rows, max_new_tokens, device=device)
     lengths = torch.zeros(rows, dtype=torch.long, device=device)
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     ends = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
     per_batch = max(1, (decode_rows or rows) // group_size)
-    training, model_mode = model.training, model.eval()
-    for start in range(0, len(prompts), per_batch):
-        chunk = prompts[start : start + per_batch]
-        span = slice(start * group_size, (start + len(chunk)) * group_size)
-        noise = uniforms[span].to(device) if uniforms is not None and temperature > 0 else None
-        state = _Decode(model_mode, chunk, group_size=group_size, pad_id=pad_id)
-        for step in range(max_new_tokens):
-            picked = None if noise is None else noise[state.rows, step]
-            token, token_log_prob = sample_tokens(state.logits, picked, temperature=temperature, top_p=top_p)
-            at = state.rows + span.start
-            ids[at, step], log_prob[at, step], lengths[at] = token, token_log_prob, step + 1
-            stop = torch.isin(token, ends)
-            ended[at] = stop
-            if step + 1 == max_new_tokens or bool(stop.all()):
-                break
-            state.advance(token, keep=~stop)
-    model.train(training)
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(prompts), per_batch):
+            chunk = prompts[start : start + per_batch]
+            span = slice(start * group_size, (start + len(chunk)) * group_size)
+            noise = uniforms[span].to(device) if uniforms is not None and temperature > 0 else None
+            state = _Decode(model, chunk, group_size=group_size, pad_id=pad_id)
+            for step in range(max_new_tokens):
+                picked = None if noise is None else noise[state.rows, step]
+                token, token_log_prob = sample_tokens(state.logits, picked, temperature=temperature, top_p=top_p)
+                at = state.rows + span.start
+                ids[at, step], log_prob[at, step], lengths[at] = token, token_log_prob, step + 1
+                stop = torch.isin(token, ends)
+                ended[at] = stop
+                if step + 1 == max_new_tokens or bool(stop.all()):
+                    break
+                state.advance(token, keep=~stop)
+    finally:
+        model.train(training)
+    if bool(log_prob.isnan().any()):
+        raise ValueError(
+            "the model's logits are NaN or infinite: its weights are broken, or `model.dtype` is too narrow for them."
+        )
     longest = int(lengths.max())
     return Generations(ids=ids[:, :longest], log_prob=log_prob[:, :longest], lengths=lengths, truncated=~ended)
 
@@ -139,14 +155,18 @@ def sample_tokens(
     log_total = scaled.logsumexp(-1)
     if temperature == 0:
         token = scaled.argmax(-1)
+    elif uniform is None:
+        raise ValueError(f"sampling at temperature {temperature} needs one uniform number per row, got None.")
     else:
         probs = (scaled - log_total[:, None]).exp_()
         if top_p < 1:
             probs = _nucleus(probs, top_p)
         cumulative = probs.cumsum(-1)
         # Strictly below the total, so rounding can never pick a token after the last one with any mass.
-        target = torch.minimum(uniform[:, None] * cumulative[:, -1:], torch.nextafter(cumulative[:, -1:], probs.new_zeros(())))
-        token = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+        total = cumulative[:, -1:]
+        target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+        # The clamp acts on NaN alone, which would be an index out of range.
+        token = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=probs.shape[1] - 1)
     return token, scaled.gather(1, token[:, None]).squeeze(1) - log_total
 
 
@@ -160,19 +180,39 @@ class _Decode:
     """The rows still being written: their cache, attention mask, positions and next logits."""
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, group_size: int, pad_id: int):
-        device = model.get_input_embeddings().weight.device
-        longest = max(map(len, prompts))
-        padded = [[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        real = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        device = model.device
         self.model, self.cache = model, growing_cache(model)
+        shared = self._prefill_shared(prompts, device)
+        rests = [prompt[shared:] for prompt in prompts]
+        longest = max(map(len, rests))
+        padded = [[pad_id] * (longest - len(rest)) + list(rest) for rest in rests]
+        real = [[1] * shared + [0] * (longest - len(rest)) + [1] * len(rest) for rest in rests]
         self.attention = torch.tensor(real, device=device)
-        positions = (self.attention.cumsum(-1) - 1).clamp(min=0)
+        positions = (self.attention.cumsum(-1) - 1).clamp(min=0)[:, shared:]
         logits = self._forward(torch.tensor(padded, device=device), positions)
         self.cache.batch_repeat_interleave(group_size)
         self.logits, self.attention, self.position = (
             tensor.repeat_interleave(group_size, dim=0) for tensor in (logits, self.attention, positions[:, -1:])
         )
         self.rows = torch.arange(len(prompts) * group_size, device=device)
+
+    def _prefill_shared(self, prompts: Sequence[Sequence[int]], device: torch.device) -> int:
+        """Compute what all prompts begin with (instructions, examples, a chat header) once; return its length.
+
+        Padding then stands between this beginning and a prompt's rest, which only plain attention layers can ignore.
+        """
+        least, plain = min(map(len, prompts)) - 1, all(type(layer) is GrowingLayer for layer in self.cache.layers)
+        if len(prompts) == 1 or least < SHORTEST_SHARED or not plain:
+            return 0
+        columns = torch.tensor([list(prompt[:least]) for prompt in prompts])
+        shared = int((columns == columns[0]).all(0).long().cumprod(0).sum())
+        if shared < SHORTEST_SHARED:
+            return 0
+        ids = columns[:1, :shared].to(device)
+        self.attention = torch.ones_like(ids)
+        self._forward(ids, torch.arange(shared, device=device)[None])
+        self.cache.batch_repeat_interleave(len(prompts))
+        return shared
 
     def advance(self, token: Int[Tensor, " alive"], *, keep: Bool[Tensor, " alive"]) -> None:
         """Append each kept row's token and compute its next logits; the other rows leave the batch."""

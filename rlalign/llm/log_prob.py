@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 256 * 2**20
 """Most bytes of logits alive at once; 1365 tokens of a 49,152-token vocabulary in float32."""
@@ -37,22 +38,24 @@ class _ChosenLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, chosen, temperature, chunk):
         parts, probs = [], None
-        for rows in torch.arange(len(hidden)).split(chunk):
-            span = slice(int(rows[0]), int(rows[-1]) + 1)
+        for start in range(0, len(hidden), chunk):
+            span = slice(start, start + chunk)
             logits = _logits(hidden[span], weight, bias, temperature)
             log_total = logits.logsumexp(-1)
             picked = logits.gather(1, chosen[span, None]).squeeze(1) - log_total
             mean_logit, probs = _mean_logit(logits, log_total)
             parts.append((picked, log_total, log_total - mean_logit))
         empty = hidden.new_zeros(0, dtype=_accurate(hidden.dtype))
-        log_prob, log_total, entropy = (torch.cat(column) for column in zip(*parts, strict=True)) if parts else (empty,) * 3
+        columns = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else [empty] * 3
+        log_prob, log_total, entropy = columns
         keep = probs if len(parts) == 1 and any(ctx.needs_input_grad) else None
         ctx.save_for_backward(hidden, weight, bias, chosen, log_total, entropy, keep)
         ctx.temperature, ctx.chunk = temperature, chunk
         return log_prob, entropy
 
     @staticmethod
-    def backward(ctx, grad_log_prob, grad_entropy):
+    @once_differentiable
+    def backward(ctx, grad_log_prob, grad_entropy):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight, bias, chosen, log_total, entropy, kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlalign.buffers import Rollout
 from rlalign.llm.config import ModelConfig, PolicyGradientConfig
-from rlalign.llm.generate import Generations, generate_groups
+from rlalign.llm.engine import Engine, TransformersEngine, build_engine
+from rlalign.llm.generate import Generations
 from rlalign.llm.models import align_special_tokens, load_model, prepare_tokenizer, resolve_precision
 from rlalign.llm.packing import Layout, Segment, micro_batches, segments
 from rlalign.llm.scoring import Packing, Scorer, base_model, packing_error, reason_against_packing
@@ -39,14 +40,17 @@ class Policy:
         accelerator: Accelerator,
         *,
         adapter_is_fresh: bool,
+        checkpointing: bool = False,
     ):
         self.cfg, self.accelerator, self.tokenizer = cfg, accelerator, tokenizer
         self.model = model.to(accelerator.device)
         self.end_ids = align_special_tokens(base_model(model), tokenizer)
-        silence_dropout(self.model, checkpointing=base_model(model).is_gradient_checkpointing)
+        silence_dropout(self.model, checkpointing=checkpointing)
         self.packing: Packing | None = None if cfg.packing == "auto" else cfg.packing
         self.scorer = self._scorer(self.model)
         self.forward: nn.Module = self._spread(self.scorer)
+        self.here = TransformersEngine(self.model, accelerator)
+        self.engine: Engine = build_engine(cfg.rollout.engine, self.here, accelerator)
         self.notes: list[str] = []
         self.reference = self._reference(adapter_is_fresh)
 
@@ -71,26 +75,37 @@ class Policy:
             peft_config = peft_config or LoraConfig(**{"task_type": "CAUSAL_LM", **(cfg.peft or {})})
             model = get_peft_model(model, peft_config)
             fresh = vars(peft_config).get("init_lora_weights") in STARTS_AT_ZERO
-        return cls(model, prepare_tokenizer(tokenizer), cfg, accelerator, adapter_is_fresh=fresh)
+        return cls(
+            model,
+            prepare_tokenizer(tokenizer),
+            cfg,
+            accelerator,
+            adapter_is_fresh=fresh,
+            checkpointing=settings.gradient_checkpointing,
+        )
 
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> Generations:
         """`generate_groups` with this model's end and padding tokens, in its training precision."""
-        with self.accelerator.autocast():
-            return generate_groups(
-                base_model(self.model), prompts, eos_ids=self.end_ids, pad_id=self.tokenizer.pad_token_id, **options
-            )
+        return self.here.generate(prompts, eos_ids=self.end_ids, pad_id=self.tokenizer.pad_token_id, **options)
+
+    def sample(self, prompts: Sequence[Sequence[int]], **options: Any) -> Generations:
+        """Let the configured engine generate, with the weights of this moment."""
+        self.engine.update_weights(self.model)
+        return self.engine.generate(prompts, eos_ids=self.end_ids, pad_id=self.tokenizer.pad_token_id, **options)
 
     @torch.no_grad()
     def complete(self, rollout: Rollout) -> Rollout:
         """Add what only the model knows: the reference's log-probabilities, and its own where sampling's will not do.
 
-        Own log-probabilities are computed again only when they will be the denominator of a ratio (more than one
-        update per rollout) and sampling ran in low precision, where its numbers differ by more than rounding.
+        Own log-probabilities are computed again only when something will read them (a ratio, with more than one update
+        per rollout, or a penalty in the reward) and those of sampling differ from them by more than rounding: it ran
+        in low precision, or in an external engine. That one's stay in `log_prob_engine`, for the correction.
         """
         if self.packing is None:
             self._use(self._choose_packing(rollout))
-        optim = self.cfg.optim
-        if optim.update_epochs * optim.minibatches > 1 and self.accelerator.mixed_precision != "no":
+        optim, kl = self.cfg.optim, self.cfg.kl
+        read = optim.update_epochs * optim.minibatches > 1 or (kl.coef > 0 and kl.where == "reward")
+        if read and (self.accelerator.mixed_precision != "no" or rollout.log_prob_engine is not None):
             rollout = replace(rollout, log_prob_old=self.score(rollout, self.forward))
         if self.reference is not None:
             with self.reference() as reference:
@@ -108,17 +123,19 @@ class Policy:
         return total
 
     def shares(self, rollout: Rollout, *, whole_groups: bool) -> list[tuple[Layout, float]]:
-        """This process's micro-batches, each with 1.0, or 0.0 for one that only keeps the processes in step.
+        """This process's micro-batches with their factors; 0.0 marks one that only keeps the processes in step.
 
-        Every process holds the whole batch and deals it in the same way, so no message is needed.
+        Every process holds the whole batch and deals it in the same way, so no message is needed. The others have the
+        number of processes as factor: gradients are averaged over processes, and their sum is wanted.
         """
         budget = self.cfg.optim.micro_batch_tokens
-        parts = segments(rollout, most_tokens=rollout.mask.numel() + budget if whole_groups else budget)
+        undivided = rollout.mask.numel() + rollout.inputs["prompt_ids"].value.numel()
+        parts = segments(rollout, most_tokens=undivided if whole_groups else budget)
         hands: list[list[Segment]] = [[] for _ in range(self.accelerator.num_processes)]
         for part in sorted(parts, key=lambda part: -part.tokens):
             min(hands, key=lambda hand: sum(held.tokens for held in hand)).append(part)
         dealt = [micro_batches(hand, most_tokens=budget) for hand in hands]
-        mine = [(batch, 1.0) for batch in dealt[self.accelerator.process_index]]
+        mine = [(batch, float(len(hands))) for batch in dealt[self.accelerator.process_index]]
         idle = max(map(len, dealt)) - len(mine)
         mine += [([min(parts, key=lambda part: part.tokens)], 0.0)] * idle
         return [(self.scorer.layout(batch, rollout).to(self.accelerator.device), share) for batch, share in mine]

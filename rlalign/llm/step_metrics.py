@@ -4,7 +4,6 @@ import math
 import warnings
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from rlalign.buffers import TrainBatch
 from rlalign.llm.collect import Scored
 from rlalign.llm.config import LogConfig, PolicyGradientConfig
+from rlalign.llm.engine import LARGEST_GAP, gap_note
 from rlalign.llm.generate import Generations
 from rlalign.llm.objectives import clipped_shares, kl_penalty
 from rlalign.training.distributed import sum_over_processes
@@ -24,13 +24,16 @@ class StepMetrics:
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator, self.clock = accelerator, Stopwatch()
+        self.gap, self.gap_told = 0.0, False
         self.begin()
 
     def begin(self) -> None:
         self.clock.restart()
         self.sums: dict[str, float] = dict.fromkeys(
-            ("decisions", "entropy", "clip_low", "clip_high", "kl", "reference_decisions", "gap"), 0.0
+            ("decisions", "entropy", "clip_low", "clip_high", "kl", "reference_decisions", "gap", "gap_decisions"), 0.0
         )
+        # Sums over processes are all there is, so each has a place of its own for its largest.
+        self.sums |= dict.fromkeys(map(_gap_max, range(self.accelerator.num_processes)), 0.0)
         self.norms: list[float] = []
         self.learning_rate = 0.0
         self.error_metrics: dict[str, float] = {}
@@ -56,7 +59,7 @@ class StepMetrics:
         self._add("entropy", float((entropy * here).sum()))
         self._add("clip_low", low * count)
         self._add("clip_high", high * count)
-        self._add("gap", float(((log_prob - batch.log_prob_old).abs() * here).sum()))
+        self._add_gap(log_prob, old, batch, here)
         if batch.log_prob_ref is not None:
             self._add("kl", float((kl_penalty(cfg.kl, log_prob, batch.log_prob_ref) * here).sum()))
             self._add("reference_decisions", count)
@@ -82,7 +85,8 @@ class StepMetrics:
             "policy/entropy_nats": sums["entropy"] / decisions,
             "policy/clip_low_frac": sums["clip_low"] / decisions,
             "policy/clip_high_frac": sums["clip_high"] / decisions,
-            "policy/sampling_gap_nats": sums["gap"] / decisions,
+            "policy/sampling_gap_nats": sums["gap"] / max(sums["gap_decisions"], 1.0),
+            "policy/sampling_gap_max_nats": max(sums[_gap_max(rank)] for rank in range(self.accelerator.num_processes)),
             "optim/grad_norm": sum(self.norms) / len(self.norms) if self.norms else 0.0,
             "optim/learning_rate": self.learning_rate,
             "optim/updates": float(len(self.norms)),
@@ -94,6 +98,7 @@ class StepMetrics:
         }
         if sums["reference_decisions"]:
             metrics["policy/kl"] = sums["kl"] / sums["reference_decisions"]
+        self.gap = metrics["policy/sampling_gap_nats"]
         times = self.clock.lap()
         return metrics | times | {"throughput/tokens_per_s": float(lengths.sum()) / times["time/step_s"]}
 
@@ -133,10 +138,31 @@ class StepMetrics:
                 groups_without_signal=groups - len(live),
                 rewards=batch.outcome[batch.scored].tolist(),
             )
-        return [] if text is None else [text]
+        notes = [] if text is None else [text]
+        if batch.log_prob_engine is not None and self.gap > LARGEST_GAP and not self.gap_told:
+            self.gap_told = True
+            notes.append(gap_note(self.gap))
+        return notes
+
+    def _add_gap(self, log_prob: Tensor, old: Tensor, batch: TrainBatch, here: Tensor) -> None:
+        """How far the log-probabilities that sampling reported are from the trainer's.
+
+        An engine's are compared with those at collection, so updates since then do not count.
+        """
+        engine = batch.log_prob_engine
+        gap = (log_prob - batch.log_prob_old if engine is None else old - engine).abs()[here]
+        known = gap[~gap.isnan()]
+        name = _gap_max(self.accelerator.process_index)
+        self._add("gap", float(known.sum()))
+        self._add("gap_decisions", float(len(known)))
+        self.sums[name] = max(self.sums[name], float(known.max()) if len(known) else 0.0)
 
     def _add(self, name: str, value: float) -> None:
         self.sums[name] += value
+
+
+def _gap_max(rank: int) -> str:
+    return f"gap_max_of_process_{rank}"
 
 
 def _sign(batch: TrainBatch, row: int) -> float:

@@ -107,6 +107,7 @@ class PolicyGradientTrainer:
             RewardError: A reward function failed beyond its budget.
             TrainingDiverged: Gradients stayed NaN or infinite beyond `optim.nonfinite_budget`.
         """
+        self.policy.engine.prepare()
         with self.session.open(self, resume=resume) as journal:
             journal.notes(self.notes)
             self.evaluator.before(journal)
@@ -134,7 +135,7 @@ class PolicyGradientTrainer:
         prompts = [encode_prompt(self.train_data[row]["prompt"], self.tokenizer) for row in mine]
         time, places = cfg.max_completion_tokens, range(first, first + share)
         with self.metrics.clock("generate"):
-            generations = self.policy.generate(
+            generations = self.policy.sample(
                 prompts,
                 group_size=cfg.group_size,
                 max_new_tokens=time,
@@ -192,7 +193,8 @@ class PolicyGradientTrainer:
             learnable = learnable.to(self.accelerator.device)
             for index, (layout, share) in enumerate(shares):
                 with self.policy.synchronising(last=index == len(shares) - 1):
-                    loss = self.loss(learnable, layout, denominator)
+                    # Without a share the pass only answers the other processes' gradients; it counts for nothing.
+                    loss = self.loss(learnable, layout, denominator) if share else self.policy.forward(layout)[0].sum()
                     self.accelerator.backward(share * loss)
             self.take_step()
 
@@ -328,5 +330,27 @@ class PolicyGradientTrainer:
 class BNPOTrainer(PolicyGradientTrainer):
     """Beta Normalization Policy Optimization (arXiv:2506.02864): `PolicyGradientTrainer` with the paper's settings."""
 
-    def __init__(self, model: Any, reward_funcs: Any, train_dataset: Any, config: BNPOConfig | None = None, **options: Any):
-        super().__init__(model, reward_funcs, train_dataset, config or BNPOConfig(), **options)
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any,
+        train_dataset: Any,
+        config: BNPOConfig | None = None,
+        *,
+        eval_dataset: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        run_dir: str | Path | None = None,
+        callback: Callable[[int, Mapping[str, float]], None] | None = None,
+    ):
+        super().__init__(
+            model,
+            reward_funcs,
+            train_dataset,
+            config or BNPOConfig(),
+            eval_dataset=eval_dataset,
+            tokenizer=tokenizer,
+            peft_config=peft_config,
+            run_dir=run_dir,
+            callback=callback,
+        )

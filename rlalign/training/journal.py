@@ -23,7 +23,7 @@ class Journal:
 
     def __init__(self, run: RunDirectory | None, *, total_steps: int, trackers: Sequence[str] = (), project: str = "rlalign"):
         self.run = run
-        self.log = MetricsLog(run.metrics) if run else None
+        self.log = MetricsLog(run.metrics) if run is not None else None
         self.board = Board(total_steps, run.path.name if run else "", quiet=run is None)
         self.trackers: list[Tracker] = open_trackers(trackers, run.path, project=project) if run else []
 
@@ -37,7 +37,7 @@ class Journal:
         self.board.__exit__(kind, error, trace)
         for tracker in self.trackers:
             tracker.close()
-        if self.log:
+        if self.log is not None:
             self.log.close()
 
     def train(self, step: int, metrics: Metrics) -> None:
@@ -66,15 +66,15 @@ class Journal:
 
     def rewind(self, step: int, *, records: int | None = None) -> None:
         """Forget what came after a checkpoint, so that a resumed run's log equals an uninterrupted one's."""
-        if self.log:
+        if self.log is not None:
             self.log.truncate_after(step, records=records)
 
     @property
     def records(self) -> int:
-        return len(self.log) if self.log else 0
+        return 0 if self.log is None else len(self.log)
 
     def _write(self, step: int, metrics: Metrics, kind: Any) -> None:
-        if self.log:
+        if self.log is not None:
             self.log.write(step, metrics, kind=kind)
         for tracker in self.trackers:
             tracker.log(step, metrics)
