@@ -7,7 +7,7 @@ import re
 import sys
 
 from rlalign.llm import BNPOConfig, BNPOTrainer
-from rlalign.llm.config import EvalConfig, OptimConfig, RolloutConfig
+from rlalign.llm.config import OptimConfig, RolloutConfig
 from rlalign_envs.arithmetic import problems
 
 EXAMPLES = "7 + 2 = 9\n15 + 11 = 26\n36 + 22 = 58\n{left} {operator} {right} ="
@@ -26,9 +26,8 @@ def main(steps: int) -> None:
 
     config = BNPOConfig(
         total_steps=steps,
-        rollout=RolloutConfig(prompts_per_step=16, group_size=8, max_completion_tokens=4),
+        rollout=RolloutConfig(prompts_per_step=16, group_size=8, max_completion_tokens=5, stop=["\n"]),
         optim=OptimConfig(learning_rate=1e-5, warmup_steps=5),
-        eval=EvalConfig(max_completion_tokens=6),
     )
     trainer = BNPOTrainer("smollm2-135m", correct, train, config, eval_dataset=held_out)
     trainer.fit()

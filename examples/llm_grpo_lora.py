@@ -16,7 +16,7 @@ from rlalign_envs.arithmetic import exact_match, problems
 def main(steps: int) -> None:
     config = PolicyGradientConfig(
         total_steps=steps,
-        rollout=RolloutConfig(prompts_per_step=8, group_size=8, max_completion_tokens=12),
+        rollout=RolloutConfig(prompts_per_step=8, group_size=8, max_completion_tokens=16),
         advantage=GroupRelative(),  # (r - mean) / (std + 1e-4) within each group
         objective=ClippedSurrogate(clip_low=0.2, clip_high=0.2),
         aggregation="sequence_mean",  # a completion counts once, however long it is

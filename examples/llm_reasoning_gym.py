@@ -23,7 +23,7 @@ def main(steps: int) -> None:
     config = PolicyGradientConfig(
         total_steps=steps,
         data=data,  # here for its template
-        rollout=RolloutConfig(prompts_per_step=8, group_size=8, max_completion_tokens=6),
+        rollout=RolloutConfig(prompts_per_step=8, group_size=8, max_completion_tokens=8, stop=["\n"]),
         advantage=GroupRelative(scale=False),  # partial credit makes small spreads: do not blow them up
         aggregation="constant",
         optim=OptimConfig(learning_rate=1e-5, warmup_steps=5),

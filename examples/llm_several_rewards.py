@@ -19,7 +19,7 @@ REWARDS = [
 def main(steps: int) -> None:
     config = BNPOConfig(
         total_steps=steps,
-        rollout=RolloutConfig(prompts_per_step=8, group_size=8, max_completion_tokens=12),
+        rollout=RolloutConfig(prompts_per_step=8, group_size=8, max_completion_tokens=16),
         # A = sum_k w_k A_k / sum_k w_k. Each function keeps its own pass rates and Beta fit (bnpo/<function>_a ...), so
         # `reward_range` is that of a single function, and one that is equal everywhere does not drown the other.
         advantage=BetaNormalized(decompose=True, reward_range=(0.0, 1.0)),

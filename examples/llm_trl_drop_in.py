@@ -21,7 +21,7 @@ def main(steps: int) -> None:
         learning_rate=1e-5,
         num_generations=8,
         per_device_train_batch_size=16,
-        max_completion_length=12,
+        max_completion_length=16,
         # The paper's objective in TRL's words: mean over completions of token sums, clip 0.2/0.28, dual clip 10.
         loss_type="luspo",
         importance_sampling_level="token",

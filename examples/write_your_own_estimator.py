@@ -42,7 +42,7 @@ class WinRate:
 def main(steps: int) -> None:
     config = PolicyGradientConfig(
         total_steps=steps,
-        rollout=RolloutConfig(prompts_per_step=8, group_size=8, max_completion_tokens=12),
+        rollout=RolloutConfig(prompts_per_step=8, group_size=8, max_completion_tokens=16),
         optim=OptimConfig(learning_rate=1e-5, warmup_steps=5),
     )
     trainer = PolicyGradientTrainer("smollm2-135m", exact_match, problems(digits=1), config)

@@ -37,7 +37,7 @@ def main(steps: int) -> None:
 
     config = BNPOConfig(
         total_steps=steps,
-        rollout=RolloutConfig(prompts_per_step=8, group_size=8, max_completion_tokens=6),
+        rollout=RolloutConfig(prompts_per_step=8, group_size=8, max_completion_tokens=8, stop=["\n"]),
         advantage=BetaNormalized(reward_range=(0.0, 1.5)),  # what the weighted sum of the rewards can reach
         optim=OptimConfig(learning_rate=1e-5, warmup_steps=5),
     )

@@ -205,6 +205,9 @@ def _explain(error: BaseException, run: Path | None) -> tuple[int, str]:
 def _keep_traceback(error: BaseException, run: Path | None) -> str:
     from rlalign.training.run_directory import RunDirectory
 
+    told = [note for note in vars(error).get("__notes__", ()) if "traceback" in note]
+    if told:  # a training session has kept it already
+        return told[0]
     if run is None or not (run / "errors").is_dir():
         return "Set RLALIGN_TRACEBACK=1 to see the full traceback."
     try:

@@ -79,7 +79,9 @@ def build_parts(
         eps=cfg.optim.eps,
         weight_decay=cfg.optim.weight_decay,
     )
-    baselines = [_baseline(asked, number, cfg, session.path / "errors") for number, asked in enumerate(cfg.eval.baselines)]
+    baselines = [
+        _baseline(asked, number, cfg, session.path / "errors") for number, asked in enumerate(cfg.eval.baselines)
+    ]
     return Parts(
         policy=policy,
         train_data=train,

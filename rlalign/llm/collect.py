@@ -46,7 +46,9 @@ def prompt_rows(step: int, *, count: int, dataset_size: int, seed: int) -> list[
     return rows
 
 
-def row_uniforms(step: int, places: Sequence[int], *, group_size: int, time: int, seed: int) -> Float[Tensor, "rows time"]:
+def row_uniforms(
+    step: int, places: Sequence[int], *, group_size: int, time: int, seed: int
+) -> Float[Tensor, "rows time"]:
     """The random numbers of each completion, from a generator of its own (step, place in the step, member).
 
     A completion therefore does not change when prompts are dealt to more processes.

@@ -133,8 +133,8 @@ class VLLMServer:
     def __post_init__(self) -> None:
         if not (self.allow_remote or is_loopback(self.host)):
             raise ValueError(
-                f"`host`={self.host} is not this machine. Use 127.0.0.1; or set `allow_remote: true` on a network where "
-                "nobody else reaches the server, which has no password and no encryption."
+                f"`host`={self.host} is not this machine. Use 127.0.0.1, or set `allow_remote: true` on a network "
+                "where nobody else reaches the server, which has no password and no encryption."
             )
 
 
@@ -163,6 +163,8 @@ class RolloutConfig:
     max_prompt_tokens: Count = 1024
     """Longer prompts are refused by the data check (never silently cut)."""
     max_completion_tokens: Count = 3072
+    stop: list[str] = field(default_factory=list)
+    """Texts of one token each, such as "\\n", that end a completion like the end-of-sequence token; part of it."""
     temperature: Positive = 1.0
     """Of sampling and of every log-probability in training alike."""
     mask_truncated: bool = False

@@ -25,8 +25,8 @@ def _problems(cfg: PolicyGradientConfig, processes: int) -> list[str | None]:
         f"`rollout.prompts_per_step`={prompts} cannot be dealt to {processes} processes; choose a multiple."
         if prompts % processes
         else None,
-        f"`optim.minibatches`={optim.minibatches} does not divide `rollout.prompts_per_step`={prompts}: groups stay whole, "
-        f"so choose one of {[n for n in range(1, prompts + 1) if prompts % n == 0]}."
+        f"`optim.minibatches`={optim.minibatches} does not divide `rollout.prompts_per_step`={prompts}: groups stay "
+        f"whole, so choose one of {[n for n in range(1, prompts + 1) if prompts % n == 0]}."
         if prompts % optim.minibatches
         else None,
         f"`objective: reinforce` has no ratio, so it is wrong after the first of {updates} updates per rollout; set "
@@ -48,7 +48,8 @@ def _problems(cfg: PolicyGradientConfig, processes: int) -> list[str | None]:
         "cuda or auto, or `rollout.engine.type` to transformers."
         if served and cfg.model is not None and cfg.model.device in ("cpu", "mps")
         else None,
-        "`rollout.decode_rows` is for `rollout.engine.type: transformers`; a vLLM server batches by itself. Leave it out."
+        "`rollout.decode_rows` is for `rollout.engine.type: transformers`; a vLLM server batches by itself: leave it "
+        "out."
         if served and rollout.decode_rows is not None
         else None,
     ]

@@ -90,6 +90,11 @@ def load_prompts(
     return prompts
 
 
+def is_local(source: str) -> bool:
+    """Whether `DatasetConfig.source` is a file, a function or a task generator: no network and no framework needed."""
+    return source.startswith("reasoning_gym:") or is_reference(source) or source.lower().endswith(FILES)
+
+
 def encode_prompt(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Token ids the model continues: plain text as it is, messages through the chat template.
 

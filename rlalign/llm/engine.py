@@ -107,13 +107,17 @@ class VLLMServerEngine:
     Needs CUDA devices and vLLM for real work; the tests put a stand-in where the client is.
 
     Args:
-        connect: Gives the client; see `connect`.
+        connect: Gives the client; `connect_client` when None.
     """
 
     external = True
 
     def __init__(
-        self, cfg: VLLMServer, accelerator: Accelerator, *, connect: Callable[[VLLMServer, Accelerator], Any] | None = None
+        self,
+        cfg: VLLMServer,
+        accelerator: Accelerator,
+        *,
+        connect: Callable[[VLLMServer, Accelerator], Any] | None = None,
     ):
         self.cfg, self.accelerator, self.connect = cfg, accelerator, connect or connect_client
         self._client: Any = None
@@ -198,13 +202,14 @@ def connect_client(cfg: VLLMServer, accelerator: Accelerator) -> Any:
     _require_packages()
     if accelerator.device.type != "cuda":
         raise ConfigError(
-            f"`rollout.engine.type: vllm_server` sends weights over NCCL, from CUDA devices only, and this process trains "
-            f"on {accelerator.device.type}. Use `rollout.engine.type: transformers`."
+            "`rollout.engine.type: vllm_server` sends weights over NCCL, from CUDA devices only, and this process "
+            f"trains on {accelerator.device.type}. Use `rollout.engine.type: transformers`."
         )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ConfigError(
-            f"`rollout.engine.type: vllm_server` needs whole weights in each process, and {accelerator.distributed_type} "
-            "shards them. Train on one device or with plain data parallelism, or use `rollout.engine.type: transformers`."
+            "`rollout.engine.type: vllm_server` needs whole weights in each process, and "
+            f"{accelerator.distributed_type.value} shards them. Train on one device or with plain data parallelism, or "
+            "use `rollout.engine.type: transformers`."
         )
     from trl.generation.vllm_client import VLLMClient
 
@@ -227,8 +232,8 @@ def _require_packages() -> None:
     for module, extra in (("trl", "llm"), ("vllm", "vllm")):
         if find_spec(module) is None:
             raise ConfigError(
-                f"`rollout.engine.type: vllm_server` needs {module} beside the trainer too, for its client and the transfer "
-                f"of weights. Run: pip install 'rlalign[{extra}]'"
+                f"`rollout.engine.type: vllm_server` needs the package {module} beside the trainer too, for its client "
+                f"and the transfer of weights. Run: pip install 'rlalign[{extra}]'"
             )
 
 
@@ -264,7 +269,7 @@ def generations_from(
 
 
 def _reported(answer: Mapping[str, Any], ids: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Log-probability of every sampled token. A position lists candidates by rank; the sampled one need not be first."""
+    """Log-probability of every sampled token, which need not be the first of the candidates at its position."""
     if answer["logprobs"] is None:
         return [[torch.nan] * len(row) for row in ids]
     result = []
@@ -278,7 +283,7 @@ def _reported(answer: Mapping[str, Any], ids: Sequence[Sequence[int]]) -> list[l
 def gap_note(gap: float) -> str:
     """What to tell the user when engine and trainer disagree by more than `LARGEST_GAP`."""
     return (
-        f"Sampling engine and trainer differ by {gap:.3f} nats per token on average (policy/sampling_gap_nats; usual is below "
-        f"{LARGEST_GAP}). `correction` bounds the harm, but look for a cause: another `--dtype` or a quantised "
+        f"Sampling engine and trainer differ by {gap:.3f} nats per token on average (policy/sampling_gap_nats; usual "
+        f"is below {LARGEST_GAP}). `correction` bounds the harm, but look for a cause: another `--dtype` or a coarse "
         "`--kv-cache-dtype` on the server, a model that it implements differently, or weights that did not arrive."
     )

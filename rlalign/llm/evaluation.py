@@ -60,6 +60,7 @@ class Evaluator:
         """Measure the untouched model, in the training prompt's words and in every baseline's."""
         if self.data is None or self.started or not self.cfg.eval.before:
             return
+        journal.note(f"Evaluating the untouched model on {len(self.data)} held-out prompts ...")
         alternatives = []
         for number, asked in enumerate(self.baselines, 1):
             metrics, rows = self.run(asked)

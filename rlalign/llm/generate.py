@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-
 SHORTEST_SHARED = 8
 """Fewer tokens in common are not worth a forward pass of their own."""
 

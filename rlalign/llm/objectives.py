@@ -8,7 +8,16 @@ from torch import Tensor
 
 from rlalign.buffers import Rollout
 from rlalign.functional import divergence, policy
-from rlalign.llm.config import CISPO, GSPO, SAPO, ClippedSurrogate, CorrectionConfig, KLConfig, ObjectiveConfig, Reinforce
+from rlalign.llm.config import (
+    CISPO,
+    GSPO,
+    SAPO,
+    ClippedSurrogate,
+    CorrectionConfig,
+    KLConfig,
+    ObjectiveConfig,
+    Reinforce,
+)
 
 KL = {"k1": divergence.kl_k1, "k2": divergence.kl_k2, "k3": divergence.kl_k3}
 

@@ -45,6 +45,11 @@ class Segment:
         return len(self.prompt) + sum(self.lengths)
 
 
+def token_count(rollout: Rollout) -> int:
+    """Tokens of a rollout, each prompt counted once."""
+    return sum(int(rollout.inputs[name].value.sum()) for name in ("prompt_length", "completion_length"))
+
+
 def segments(rollout: Rollout, *, most_tokens: int) -> list[Segment]:
     """Split the rollout into prompt-sharing segments of at most `most_tokens`, one completion at least.
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rlalign.buffers import Rollout
 from rlalign.llm.log_prob import chosen_log_prob
-from rlalign.llm.packing import Layout, Segment, pack_padded, pack_prefix_shared
+from rlalign.llm.packing import Layout, Segment, micro_batches, pack_padded, pack_prefix_shared, segments
 
 Packing = Literal["prefix_shared", "padded"]
 PACK: dict[Packing, Callable[[Sequence[Segment], Rollout], Layout]] = {
@@ -29,7 +29,8 @@ class Scorer(nn.Module):
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, temperature: float, packing: Packing):
         super().__init__()
-        self.model, self.temperature, self.packing = model, temperature, packing
+        self.model, self.temperature = model, temperature
+        self.packing: Packing = packing
 
     def forward(self, layout: Layout) -> tuple[Float[Tensor, " decisions"], Float[Tensor, " decisions"]]:
         """Log-probability and entropy of every decision of the layout, in nats, float32 or better."""
@@ -41,6 +42,10 @@ class Scorer(nn.Module):
     def layout(self, parts: Sequence[Segment], rollout: Rollout) -> Layout:
         return PACK[self.packing](parts, rollout)
 
+    def segments(self, rollout: Rollout, *, most_tokens: int) -> list[Segment]:
+        """What is dealt into micro-batches: completions that share their prompt, or each alone in a padded row."""
+        return segments(rollout, most_tokens=most_tokens if self.packing == "prefix_shared" else 1)
+
     def _prefix_shared(self, layout: Layout) -> tuple[Tensor, Tensor]:
         base = base_model(self.model)
         hidden = base.base_model(
@@ -50,6 +55,7 @@ class Scorer(nn.Module):
             use_cache=False,
         ).last_hidden_state
         head = base.get_output_embeddings()
+        assert isinstance(head, nn.Linear)  # see `reason_against_packing`
         # The output layer stays out of autocast: rounding logits to bfloat16 is the largest error of a log-probability.
         with torch.autocast(hidden.device.type, enabled=False):
             return chosen_log_prob(
@@ -78,15 +84,16 @@ class Scorer(nn.Module):
 
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model inside, with any adapter layers in place."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
+    return base
 
 
 def _mask_for(model: PreTrainedModel, sees: Tensor) -> Tensor:
     # The eager attention of transformers adds its mask to the scores; sdpa takes booleans.
     if model.config._attn_implementation != "eager":
         return sees
-    weight = model.get_input_embeddings().weight
-    return torch.zeros_like(sees, dtype=weight.dtype).masked_fill(~sees, torch.finfo(weight.dtype).min)
+    return torch.zeros_like(sees, dtype=model.dtype).masked_fill(~sees, torch.finfo(model.dtype).min)
 
 
 def reason_against_packing(model: PreTrainedModel | PeftModel) -> str | None:
@@ -105,20 +112,30 @@ def reason_against_packing(model: PreTrainedModel | PeftModel) -> str | None:
 
 
 @torch.no_grad()
-def packing_error(scorer: Scorer, parts: Sequence[Segment], rollout: Rollout, device: torch.device) -> float:
-    """Largest difference, in nats, between the packed and the padded log-probabilities of these segments.
+def score_rollout(
+    scorer: Scorer, rollout: Rollout, device: torch.device, *, most_tokens: int, forward: nn.Module | None = None
+) -> Float[Tensor, "batch time"]:
+    """Log-probability of every decision, in nats, float64 on the CPU; 0 where the mask is False.
+
+    Args:
+        most_tokens: Size of a micro-batch.
+        forward: What is called with each layout; None calls `scorer`.
+    """
+    total = torch.zeros(rollout.batch_size, rollout.time, dtype=torch.float64)
+    for parts in micro_batches(scorer.segments(rollout, most_tokens=most_tokens), most_tokens=most_tokens):
+        layout = scorer.layout(parts, rollout).to(device)
+        total += layout.scatter((forward or scorer)(layout)[0], (rollout.batch_size, rollout.time)).cpu()
+    return total
+
+
+def packing_error(scorer: Scorer, rollout: Rollout, device: torch.device, *, most_tokens: int) -> float:
+    """Largest difference, in nats, between the packed and the padded log-probabilities of this rollout.
 
     NaN when the model raised on the packed layout, as models that refuse a 4-D mask do.
     """
-    shape = (rollout.batch_size, rollout.time)
-    scores = []
-    for packing in PACK:
-        trial = Scorer(scorer.model, temperature=scorer.temperature, packing=packing)
-        layout = trial.layout(parts, rollout).to(device)
-        try:
-            scores.append(layout.scatter(trial(layout)[0], shape))
-        except (ValueError, RuntimeError, TypeError):
-            if packing == "padded":
-                raise
-            return float("nan")
-    return float((scores[0] - scores[1]).abs().max())
+    packed, padded = (Scorer(scorer.model, temperature=scorer.temperature, packing=packing) for packing in PACK)
+    try:
+        got = score_rollout(packed, rollout, device, most_tokens=most_tokens)
+    except (ValueError, RuntimeError, TypeError):
+        return float("nan")
+    return float((got - score_rollout(padded, rollout, device, most_tokens=most_tokens)).abs().max())

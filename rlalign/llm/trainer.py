@@ -18,8 +18,9 @@ from rlalign.llm.assemble import build_parts
 from rlalign.llm.collect import assemble_rollout, prompt_rows, row_uniforms, score_completions
 from rlalign.llm.config import BNPOConfig, PolicyGradientConfig
 from rlalign.llm.data import encode_prompt
+from rlalign.llm.memory import MemoryAdvice
 from rlalign.llm.objectives import engine_weights, kl_penalty, penalised, policy_objective
-from rlalign.llm.packing import Layout
+from rlalign.llm.packing import Layout, token_count
 from rlalign.llm.step_metrics import StepMetrics
 from rlalign.optim.step import finite_step, set_learning_rate
 from rlalign.training.distributed import gather_rollout
@@ -88,6 +89,7 @@ class PolicyGradientTrainer:
         self.estimator = build_estimator(config.advantage, part_weights=weights)
         self.watch, self.notes = parts.watch, parts.notes
         self.buffer, self.metrics = RolloutBuffer(), StepMetrics(self.accelerator)
+        self.memory = MemoryAdvice(config, processes=self.accelerator.num_processes)
         self.step, self.updates = 0, 0
 
     def fit(self, *, resume: bool = False) -> "PolicyGradientTrainer":
@@ -134,7 +136,7 @@ class PolicyGradientTrainer:
         mine = rows[first : first + share]
         prompts = [encode_prompt(self.train_data[row]["prompt"], self.tokenizer) for row in mine]
         time, places = cfg.max_completion_tokens, range(first, first + share)
-        with self.metrics.clock("generate"):
+        with self.metrics.clock("generate"), self.memory("generate"):
             generations = self.policy.sample(
                 prompts,
                 group_size=cfg.group_size,
@@ -159,7 +161,8 @@ class PolicyGradientTrainer:
             mask_truncated=cfg.mask_truncated,
         )
         with self.metrics.clock("score"):
-            rollout = self.policy.complete(rollout)
+            with self.memory("score", tokens=token_count(rollout)):
+                rollout = self.policy.complete(rollout)
             if "baseline_reward" in self.estimator.needs:
                 rollout = self.with_greedy_baseline(rollout, mine, prompts)
             return gather_rollout(penalised(rollout, self.config.kl), self.accelerator)
@@ -167,11 +170,14 @@ class PolicyGradientTrainer:
     def with_greedy_baseline(self, rollout: Rollout, rows: list[int], prompts: list[list[int]]) -> Rollout:
         """Add the outcome of each prompt's most probable completion (ReMax); without one its group is not scored."""
         cfg = self.config.rollout
-        greedy = self.policy.generate(
-            prompts, group_size=1, max_new_tokens=cfg.max_completion_tokens, temperature=0.0, decode_rows=cfg.decode_rows
-        )
+        time, rows_at_once = cfg.max_completion_tokens, cfg.decode_rows
+        with self.memory("generate"):
+            greedy = self.policy.generate(
+                prompts, group_size=1, max_new_tokens=time, temperature=0.0, decode_rows=rows_at_once
+            )
         scored = score_completions(self.guard, self.train_data, rows, greedy, self.tokenizer, step=self.step)
-        outcome, known = (values.repeat_interleave(cfg.group_size) for values in (scored.outcome.float(), scored.scored))
+        outcome = scored.outcome.float().repeat_interleave(cfg.group_size)
+        known = scored.scored.repeat_interleave(cfg.group_size)
         return replace(rollout, baseline_reward=outcome, scored=rollout.scored & known)
 
     def minibatches(self, batch: TrainBatch) -> Iterator[TrainBatch]:
@@ -183,11 +189,12 @@ class PolicyGradientTrainer:
 
     def update(self, batch: TrainBatch) -> None:
         """One optimizer step on a minibatch, in micro-batches of at most `optim.micro_batch_tokens`."""
-        with self.metrics.clock("train"):
+        tokens = token_count(batch) // self.accelerator.num_processes
+        with self.metrics.clock("train"), self.memory("train", tokens=tokens):
             learnable = self.with_signal(batch)
             denominator = self.denominator(batch if self.config.denominator == "all" else learnable)
-            if not learnable.mask.any():
-                return  # no gradient: neither the optimizer nor its schedule moves
+            if not learnable.mask.any() or not (self.regularised or learnable.advantages.any()):
+                return  # no gradient: neither the optimizer (its momentum would) nor its schedule moves
             whole = self.config.aggregation == "group"
             shares = self.policy.shares(learnable, whole_groups=whole)
             learnable = learnable.to(self.accelerator.device)
@@ -198,7 +205,7 @@ class PolicyGradientTrainer:
                     self.accelerator.backward(share * loss)
             self.take_step()
 
-    def loss(self, batch: TrainBatch, layout: Layout, denominator: float) -> Float[Tensor, ""]:
+    def loss(self, batch: TrainBatch, layout: Layout, denominator: int) -> Float[Tensor, ""]:
         """The share of a minibatch's loss that the decisions of one micro-batch contribute."""
         shape = (batch.batch_size, batch.time)
         log_prob, entropy = (layout.scatter(values, shape) for values in self.policy.forward(layout))
@@ -224,6 +231,7 @@ class PolicyGradientTrainer:
         old = log_prob.detach() if self.on_policy else batch.log_prob_old
         objective = policy_objective(cfg.objective, log_prob, old, batch.advantages, here)
         if cfg.kl.coef and cfg.kl.where == "loss":
+            assert batch.log_prob_ref is not None
             objective = objective + cfg.kl.coef * kl_penalty(cfg.kl, log_prob, batch.log_prob_ref)
         if cfg.entropy_coef:
             objective = objective - cfg.entropy_coef * entropy
@@ -254,8 +262,7 @@ class PolicyGradientTrainer:
     def with_signal(self, batch: TrainBatch) -> TrainBatch:
         """Drop rollouts whose group has no advantage other than zero, where that cannot change the gradient."""
         cfg = self.config
-        penalised = (cfg.kl.coef > 0 and cfg.kl.where == "loss") or cfg.entropy_coef != 0
-        if penalised or not (cfg.skip_without_signal or cfg.denominator == "signal"):
+        if self.regularised or not (cfg.skip_without_signal or cfg.denominator == "signal"):
             return batch
         live = batch.group[(batch.advantages != 0).any(1)].unique()
         return batch.select(torch.isin(batch.group, live))
@@ -265,6 +272,11 @@ class PolicyGradientTrainer:
         if self.config.aggregation == "constant":
             return batch.batch_size * self.config.rollout.max_completion_tokens
         return aggregate_denominator(batch.mask, mode=self.config.aggregation, group=batch.group)
+
+    @property
+    def regularised(self) -> bool:
+        """The loss has terms beside the advantages, so rollouts without signal have a gradient too."""
+        return (self.config.kl.coef > 0 and self.config.kl.where == "loss") or self.config.entropy_coef != 0
 
     @property
     def on_policy(self) -> bool:

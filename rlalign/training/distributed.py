@@ -52,11 +52,11 @@ def gather_ragged(value: Tensor, accelerator: Accelerator) -> list[Tensor]:
     device = value.device
     shape = torch.full((1, MAX_DIMENSIONS), -1, dtype=torch.long)
     shape[0, : value.ndim] = torch.tensor(value.shape, dtype=torch.long)
-    shapes = [row[row >= 0].tolist() for row in accelerator.gather(shape.to(accelerator.device)).cpu()]
+    shapes = [row[row >= 0].tolist() for row in _gather(shape, accelerator).cpu()]
     sizes = [int(torch.tensor(shape, dtype=torch.long).prod()) for shape in shapes]
     flat = torch.zeros(1, max(1, *sizes), dtype=value.dtype, device=accelerator.device)
     flat[0, : value.numel()] = value.reshape(-1).to(accelerator.device)
-    rows = accelerator.gather(flat.view(torch.uint8) if value.dtype == torch.bool else flat).to(device)
+    rows = _gather(flat.view(torch.uint8) if value.dtype == torch.bool else flat, accelerator).to(device)
     rows = rows.view(torch.bool) if value.dtype == torch.bool else rows
     return [row[:size].view(shape) for row, size, shape in zip(rows, sizes, shapes, strict=True)]
 
@@ -68,4 +68,10 @@ def sum_over_processes(values: Mapping[str, float], accelerator: Accelerator) ->
     names = sorted(values)
     # MPS has no float64; a job of several processes never runs there.
     total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=accelerator.device)
-    return dict(zip(names, accelerator.reduce(total, reduction="sum").tolist(), strict=True))
+    summed: Any = accelerator.reduce(total, reduction="sum")
+    return dict(zip(names, summed.tolist(), strict=True))
+
+
+def _gather(value: Tensor, accelerator: Accelerator) -> Tensor:
+    gathered: Any = accelerator.gather(value.to(accelerator.device))
+    return gathered

@@ -21,7 +21,9 @@ class Journal:
         run: None on every process but the first: nothing is written or shown.
     """
 
-    def __init__(self, run: RunDirectory | None, *, total_steps: int, trackers: Sequence[str] = (), project: str = "rlalign"):
+    def __init__(
+        self, run: RunDirectory | None, *, total_steps: int, trackers: Sequence[str] = (), project: str = "rlalign"
+    ):
         self.run = run
         self.log = MetricsLog(run.metrics) if run is not None else None
         self.board = Board(total_steps, run.path.name if run else "", quiet=run is None)

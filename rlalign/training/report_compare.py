@@ -87,9 +87,9 @@ def _compare_samples(run: RunData) -> list[Comparison]:
 
 def _against_baselines(run: RunData) -> list[Comparison]:
     """The last evaluation against the untouched model's best phrasing, problem by problem."""
-    if not run.baselines:
+    if not run.baselines or len(run.eval_samples) < 2:  # one evaluation is that of the untouched model itself
         return []
-    last = run.eval_samples[max(run.eval_samples)] if run.eval_samples else []
+    last = run.eval_samples[max(run.eval_samples)]
     found = []
     for part in _names(last):
         after = _by_problem(last, part, any_words=True)

@@ -10,6 +10,7 @@ from rlalign.training.journal import Journal
 from rlalign.training.report import write_report
 from rlalign.training.run_directory import RunDirectory, Status
 from rlalign.training.signals import GracefulStop, Interrupted
+from rlalign.training.trackers import require_trackers
 
 REQUIRED = ("model", "optimizer", "trainer", "rng")
 
@@ -52,6 +53,7 @@ class Session:
         trackers: tuple[str, ...] = (),
         project: str = "rlalign",
     ):
+        require_trackers(trackers)
         self.path = Path(run_dir) if run_dir is not None else free_run_path(Path("runs"), name)
         self.config_text, self.resolved = config_text, dict(resolved)
         self.total_steps, self.save_every = total_steps, save_every
@@ -81,7 +83,7 @@ class Session:
             self.journal = stack.enter_context(
                 Journal(run, total_steps=self.total_steps, trackers=self.trackers, project=self.project)
             )
-            stack.enter_context(self.stop)
+            self.stop = stack.enter_context(GracefulStop())  # the signal that ended the last one is answered
             try:
                 if resume:
                     self._restore(trainer)
@@ -95,7 +97,7 @@ class Session:
                 raise
             except BaseException as error:
                 if run is not None:
-                    error.add_note(f"Full traceback: {run.record_error(error)}")
+                    error.add_note(_kept_traceback(run, error))
                 self._close(run, "failed", trainer)
                 raise
             else:
@@ -157,6 +159,13 @@ class Session:
             self.journal.note(f"Report: {write_report(run.path)}")
         except OSError as error:  # a full disk must not hide why the run ended
             self.journal.note(f"The report could not be written ({error}). Later: rlalign report {run.path}")
+
+
+def _kept_traceback(run: RunDirectory, error: BaseException) -> str:
+    try:
+        return f"Full traceback: {run.record_error(error)}"
+    except OSError as trouble:  # a full disk must not hide why the run ended
+        return f"The traceback could not be saved to {run.errors} ({trouble.strerror})."
 
 
 def free_run_path(parent: Path, name: str) -> Path:

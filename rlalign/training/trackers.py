@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,15 +15,26 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-class MissingTracker(ImportError):
+class MissingTracker(ModuleNotFoundError):
     """A tracker was asked for whose package is not installed."""
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Look for the packages of the named trackers, importing none.
+
+    Raises:
+        MissingTracker: A package is missing. Better now than after a night without curves.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            raise _missing(name)
 
 
 def open_trackers(names: Sequence[str], run_dir: Path, *, project: str) -> list[Tracker]:
     """Start the named trackers: `tensorboard`, `trackio`, `wandb`.
 
     Raises:
-        MissingTracker: A package is missing. Better now than after a night without curves.
+        MissingTracker: A package cannot be imported.
     """
     return [_Tolerant(name, _OPEN[name](run_dir, project)) for name in names]
 
@@ -44,7 +56,9 @@ class _Tolerant:
             call()
         except Exception as error:  # whatever a tracker's network client raises
             if not self.failed:
-                warnings.warn(f"{self.name} failed ({error}); the run goes on, metrics.jsonl is complete.", stacklevel=3)
+                warnings.warn(
+                    f"{self.name} failed ({error}); the run goes on, metrics.jsonl is complete.", stacklevel=3
+                )
             self.failed = True
 
 
@@ -79,7 +93,12 @@ def _module(path: str, package: str) -> Any:
     try:
         return import_module(path)
     except ImportError as error:
-        raise MissingTracker(f"`log.trackers` names {package}, which is not installed: pip install {package}.") from error
+        raise _missing(package) from error
+
+
+def _missing(package: str) -> MissingTracker:
+    text = f"`log.trackers` names {package}, which is not installed: pip install {package}."
+    return MissingTracker(text, name=package)
 
 
 _OPEN: dict[str, Callable[[Path, str], Tracker]] = {

@@ -27,7 +27,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "one_group_twice": TWICE,
     "abstains": {},
     # Last: accelerate fixes the precision of a process once.
-    "autocast": {"accelerate": {"mixed_precision": "bf16"}, **merged(TWICE, {"optim": {"micro_batch_tokens": 16}})},
+    "autocast": {"accelerate": {"mixed_precision": "bf16"}, **merged(TWICE, {"optim": {"micro_batch_tokens": 19}})},
 }
 
 
@@ -69,7 +69,9 @@ def run(name: str, checkpoint: str, out: Path) -> None:
     trainer.fit()
     if trainer.accelerator.is_main_process:
         save_file({n: p.detach().clone() for n, p in trainer.policy.model.named_parameters()}, out / f"{name}.weights")
-        state = {f"{step}/{key}": value for step, item in enumerate(rollouts) for key, value in item.state_dict().items()}
+        state = {
+            f"{step}/{key}": value for step, item in enumerate(rollouts) for key, value in item.state_dict().items()
+        }
         save_file({key: value.contiguous() for key, value in state.items()}, out / f"{name}.rollouts")
 
 

@@ -7,6 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.llm.commands import prepare
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -29,6 +31,10 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_tokenizer(tokenizer_file: Path) -> PreTrainedTokenizerFast:
     """As SmolLM2's: the padding token IS the end-of-sequence token. Left padding, ready for generation."""
+    return make_tokenizer(tokenizer_file)
+
+
+def make_tokenizer(tokenizer_file: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer_file),
         bos_token="<|start|>",
@@ -43,6 +49,10 @@ def tiny_tokenizer(tokenizer_file: Path) -> PreTrainedTokenizerFast:
 @pytest.fixture
 def tiny_model(tiny_tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """Random float32 weights, the same in every test; `.double()` for exact comparisons."""
+    return make_model(tiny_tokenizer)
+
+
+def make_model(tiny_tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tiny_tokenizer),
         hidden_size=32,
@@ -61,6 +71,16 @@ def tiny_model(tiny_tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         torch.manual_seed(1)
         model = LlamaForCausalLM(config)
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def workshop(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `tiny.yaml` and all it names, for runs of the command line; see `commands`."""
+    folder = tmp_path_factory.mktemp("workshop")
+    tokenizer = make_tokenizer(tokenizer_file)
+    make_model(tokenizer).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return prepare(folder, folder / "model")
 
 
 @pytest.fixture
