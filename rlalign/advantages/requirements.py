@@ -7,8 +7,8 @@ from rlalign.buffers.rollout import Rollout
 from rlalign.functional.masked import CONSTANT_SPREAD
 
 PROVIDED_BY = {
-    "values": "only a policy with a critic records it (`policy.value_head`)",
-    "next_values": "only a policy with a critic records it (`policy.value_head`)",
+    "values": "only a policy with a critic records it",
+    "next_values": "only a policy with a critic records it",
     "baseline_reward": "the language-model trainer collects it by itself; a rollout of your own must bring it",
 }
 

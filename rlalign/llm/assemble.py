@@ -10,13 +10,14 @@ import torch
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
-from rlalign.config import dump
+from rlalign.config import ConfigError, dump
 from rlalign.llm.config import BaselineConfig, GuardConfig, PolicyGradientConfig
 from rlalign.llm.consistency import check_consistency
 from rlalign.llm.data import Prompts, load_prompts
 from rlalign.llm.data_lint import check_prompts
 from rlalign.llm.evaluation import Baseline, Evaluator
 from rlalign.llm.policy import Policy
+from rlalign.llm.scoring import base_model
 from rlalign.llm.rewards import resolve_rewards
 from rlalign.optim.step import SkipBudget, adamw
 from rlalign.training.distributed import sum_over_processes
@@ -63,11 +64,15 @@ def build_parts(
     guard = _guard(reward_funcs, cfg.guard, session.path / "errors")
     metrics = _guard(cfg.eval.metrics, cfg.guard, session.path / "errors") if cfg.eval.metrics else guard
     policy = Policy.build(model, tokenizer, cfg, peft_config)
-    notes = check_consistency(cfg, processes=policy.accelerator.num_processes) + list(train.notes)
+    notes = check_consistency(cfg, processes=policy.accelerator.num_processes)
     for data, other in ((train, held_out), (held_out, None)):
         if data is not None:
             limit = cfg.rollout.max_prompt_tokens
             notes += check_prompts(data, held_out=other, tokenizer=policy.tokenizer, max_prompt_tokens=limit)
+    _require_context(cfg, base_model(policy.model).config.get_text_config().to_dict())
+    guard.prepare(train.reward_columns)
+    if held_out is not None:
+        metrics.prepare(held_out.reward_columns)
     session.join(
         main=policy.accelerator.is_main_process,
         anywhere=lambda flag: sum_over_processes({"flag": float(flag)}, policy.accelerator)["flag"] > 0,
@@ -93,6 +98,15 @@ def build_parts(
         watch=SignalWatch(patience=5, stop_after=cfg.stop_without_signal),
         notes=notes,
     )
+
+
+def _require_context(cfg: PolicyGradientConfig, model: Mapping[str, Any]) -> None:
+    window, rollout = model.get("max_position_embeddings"), cfg.rollout
+    if window is not None and rollout.max_completion_tokens >= window:
+        raise ConfigError(
+            f"`rollout.max_completion_tokens`={rollout.max_completion_tokens} leaves no room for a prompt in the model's "
+            f"context of {window} tokens; lower it."
+        )
 
 
 def _prompts(source: Any, cfg: PolicyGradientConfig, name: str) -> Prompts:
@@ -126,7 +140,7 @@ def _guard(reward_funcs: Any, cfg: GuardConfig, errors_dir: Path) -> RewardGuard
 
 def _session(cfg: PolicyGradientConfig, run_dir: str | Path | None, config_text: str | None) -> Session:
     resolved: Mapping[str, Any] = dump(cfg)
-    return Session(
+    session = Session(
         run_dir,
         name=cfg.method,
         # A run started from Python has no file; JSON is YAML, and says where its model and data came from.
@@ -138,3 +152,6 @@ def _session(cfg: PolicyGradientConfig, run_dir: str | Path | None, config_text:
         trackers=tuple(cfg.log.trackers),
         project=cfg.log.project,
     )
+    if not (cfg.model and cfg.data and cfg.rewards):
+        session.resume_with = f"the same script with run_dir={str(session.path)!r} and fit(resume=True)"
+    return session

@@ -1,7 +1,7 @@
 """From dataset rows to a `Rollout`: choose prompts, sample groups, score them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,10 @@ class Scored:
     table: RewardTable
     outcome: Float[Tensor, " rows"]
     scored: Tensor
+    logged: dict[str, float] = field(default_factory=dict)
+    """Mean of what the functions passed to `log_metric`, by name."""
+    extras: dict[str, list[Any]] = field(default_factory=dict)
+    """Columns they passed to `log_extra`, for the samples file."""
 
 
 def prompt_rows(step: int, *, count: int, dataset_size: int, seed: int) -> list[int]:
@@ -78,15 +82,22 @@ def score_completions(
     ids = [line[:length] for line, length in zip(generations.ids.tolist(), generations.lengths.tolist(), strict=True)]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     prompts = [source[row]["prompt"] for row in rows]
+    logged: dict[str, list[float]] = {}
+    extras: dict[str, list[Any]] = {}
     table = guard.score(
         prompts=prompts,
         completions=[as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
         completion_ids=ids,
         columns=source.columns(rows),
         trainer_state={"global_step": step},
+        log_metric=lambda name, value: logged.setdefault(name, []).append(float(value)),
+        log_extra=lambda name, values: extras.update({name: list(values)}),
     )
     outcome, scored = guard.total(table)
-    return Scored(texts=texts, prompts=prompts, table=table, outcome=outcome, scored=scored)
+    means = {name: sum(values) / len(values) for name, values in logged.items()}
+    return Scored(
+        texts=texts, prompts=prompts, table=table, outcome=outcome, scored=scored, logged=means, extras=extras
+    )
 
 
 def assemble_rollout(

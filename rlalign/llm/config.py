@@ -266,7 +266,8 @@ class OptimConfig:
     weight_decay: NonNegative = 0.0
     warmup_steps: CountOrZero = 10
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: Positive | None = 1.0
+    """Global norm that gradients are clipped to; null clips nothing."""
     update_epochs: Count = 1
     """Passes over each rollout. More than one, or more than one minibatch, is off-policy: ratios leave 1."""
     minibatches: Count = 1

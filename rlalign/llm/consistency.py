@@ -1,6 +1,6 @@
 """Settings that are fine one by one and wrong together. No torch: `rlalign check` runs this in a moment."""
 
-from rlalign.advantages.config import GAE, BetaNormalized
+from rlalign.advantages.config import GAE, BetaNormalized, GroupRelative
 from rlalign.config import ConfigError
 from rlalign.llm.config import GSPO, PolicyGradientConfig, Reinforce, VLLMServer
 
@@ -41,6 +41,9 @@ def _problems(cfg: PolicyGradientConfig, processes: int) -> list[str | None]:
         "`kl.where: loss`."
         if cfg.kl.coef and cfg.kl.where == "reward" and isinstance(cfg.advantage, BetaNormalized)
         else None,
+        "`kl.estimator: k1` in the loss has an expected gradient of zero; use `k2` or `k3`, or `kl.where: reward`."
+        if cfg.kl.coef and cfg.kl.where == "loss" and cfg.kl.estimator == "k1"
+        else None,
         "`eval.patience` counts evaluations during training: set `eval.every`."
         if cfg.eval.patience is not None and not cfg.eval.every
         else None,
@@ -67,6 +70,13 @@ def _notes(cfg: PolicyGradientConfig) -> list[str | None]:
         else None,
         f"`optim.warmup_steps`={optim.warmup_steps} is more than half of the run"
         if optim.warmup_steps > cfg.total_steps * updates / 2
+        else None,
+        "`denominator: signal` has no effect beside a KL or entropy term: rollouts without signal then carry a gradient too"
+        if cfg.denominator == "signal" and ((cfg.kl.coef and cfg.kl.where == "loss") or cfg.entropy_coef)
+        else None,
+        "`kl.where: reward` with `advantage: group_relative` and `scale: true` divides by a deviation that is KL noise where "
+        "a group agrees; consider `scale: false`"
+        if cfg.kl.coef and cfg.kl.where == "reward" and isinstance(cfg.advantage, GroupRelative) and cfg.advantage.scale
         else None,
         "advantages by Beta Normalization Policy Optimization (arXiv:2506.02864), which is not TRL's "
         '`loss_type="bnpo"` (a token mean)'

@@ -100,7 +100,7 @@ def _problem(prompt: Any) -> str | None:
     if prompt is None:
         return "prompt is None"
     if isinstance(prompt, str):
-        return None if prompt.strip() else "prompt is empty"
+        return _text_problem(prompt) if prompt.strip() else "prompt is empty"
     if not isinstance(prompt, list):
         return f"prompt is a {type(prompt).__name__}, not text or a list of messages"
     if not prompt:
@@ -120,6 +120,14 @@ def _message_problem(message: Any) -> str | None:
         return "user message is empty"
     if not isinstance(content, str | list) and not message.get("tool_calls"):
         return f"message content is a {type(content).__name__}, not text"
+    return _text_problem(content) if isinstance(content, str) else None
+
+
+def _text_problem(text: str) -> str | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell it, as in "\\ud800"; no tokenizer and no file can hold it
+        return "text holds half of a surrogate pair"
     return None
 
 

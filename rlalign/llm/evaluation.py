@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from rlalign.config import ConfigError
 from rlalign.llm.collect import Scored, row_uniforms, score_completions
 from rlalign.llm.config import PolicyGradientConfig
 from rlalign.llm.data import Prompts, encode_prompt
@@ -85,7 +86,7 @@ class Evaluator:
         data = self.data if asked is None else asked.data
         guard = self.guard if asked is None or asked.guard is None else asked.guard
         if data is None:
-            raise ValueError("there is no held-out data: pass `eval_dataset`, or set `data.eval` in the config.")
+            raise ConfigError("there is no held-out data: pass `eval_dataset`, or set `data.eval` in the config.")
         accelerator = self.policy.accelerator
         # Rows of similar length share a batch; the order does not depend on the number of processes.
         tokens = [encode_prompt(row["prompt"], self.policy.tokenizer) for row in data]
@@ -95,7 +96,9 @@ class Evaluator:
         values = torch.full((len(data), len(guard.functions) + 1), math.nan, dtype=torch.float64)
         for start in range(0, len(mine), self.cfg.eval.batch_rows):
             batch = mine[start : start + self.cfg.eval.batch_rows]
-            generations = self._complete([tokens[row] for row in batch], batch, asked.max_completion_tokens if asked else None)
+            generations = self._complete(
+                [tokens[row] for row in batch], batch, asked.max_completion_tokens if asked else None
+            )
             scored = score_completions(guard, data, batch, generations, self.policy.tokenizer, step=-1)
             values[batch, 0] = torch.where(scored.scored, scored.outcome, math.nan)
             values[batch, 1:] = scored.table.values

@@ -215,7 +215,7 @@ class Policy:
 
             @contextlib.contextmanager
             def without_adapter() -> Iterator[nn.Module]:
-                with adapted.disable_adapter(), self.accelerator.autocast():
+                with adapted.disable_adapter():
                     yield self.scorer
 
             return without_adapter

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rlalign.advantages.metrics import live_groups
 from rlalign.buffers import TrainBatch
 from rlalign.llm.collect import Scored
 from rlalign.llm.config import LogConfig, PolicyGradientConfig
@@ -17,6 +18,12 @@ from rlalign.llm.objectives import clipped_shares, kl_penalty
 from rlalign.training.distributed import sum_over_processes
 from rlalign.training.no_signal import NoSignalWarning, SignalWatch
 from rlalign.training.stopwatch import Stopwatch
+
+
+SUMS = (
+    *("decisions", "entropy", "clip_low", "clip_high", "kl", "reference_decisions", "gap", "gap_decisions"),
+    *("rows", "reward/error_frac", "reward/timeout_count"),
+)
 
 
 class StepMetrics:
@@ -29,19 +36,20 @@ class StepMetrics:
 
     def begin(self) -> None:
         self.clock.restart()
-        self.sums: dict[str, float] = dict.fromkeys(
-            ("decisions", "entropy", "clip_low", "clip_high", "kl", "reference_decisions", "gap", "gap_decisions"), 0.0
-        )
+        self.sums: dict[str, float] = dict.fromkeys(SUMS, 0.0)
         # Sums over processes are all there is, so each has a place of its own for its largest.
         self.sums |= dict.fromkeys(map(_gap_max, range(self.accelerator.num_processes)), 0.0)
         self.norms: list[float] = []
         self.learning_rate = 0.0
-        self.error_metrics: dict[str, float] = {}
+        self.skipped = 0
 
     def collected(self, generations: Generations, scored: Scored) -> None:
         """After sampling and scoring, on this process's rows."""
         self.generations, self.rows = generations, scored
-        self.error_metrics = scored.table.metrics
+        self._add("rows", float(len(scored.texts)))
+        for name, value in scored.table.metrics.items():
+            # Shares of this process's rows become counts, so that processes can be added up.
+            self._add(name, value * (len(scored.texts) if name.endswith("_frac") else 1))
 
     def scored(
         self,
@@ -75,13 +83,16 @@ class StepMetrics:
         decisions = max(sums["decisions"], 1.0)
         lengths, cut = batch.inputs["completion_length"].value.float(), batch.truncated.any(1)
         outcome = batch.outcome[batch.scored]
+        live = live_groups(batch.advantages.abs().amax(1), batch.group)
         metrics = {
             "reward/mean": float(outcome.mean()) if len(outcome) else math.nan,
             "reward/std": float(outcome.std()) if len(outcome) > 1 else math.nan,
             **{f"reward/{name}_mean": float(part.nanmean()) for name, part in batch.reward_parts.items()},
-            **self.error_metrics,
-            "signal/group_frac": estimator["advantage/group_signal_frac"],
-            "signal/groups_skipped": estimator["advantage/groups_without_signal"] if cfg.skip_without_signal else 0.0,
+            "reward/error_frac": sums["reward/error_frac"] / max(sums["rows"], 1.0),
+            "reward/timeout_count": sums["reward/timeout_count"],
+            **{f"custom/{name}": value for name, value in self.rows.logged.items()},
+            "signal/group_frac": float(live.double().mean()),
+            "signal/groups_skipped": self.skipped / cfg.optim.update_epochs,
             "policy/entropy_nats": sums["entropy"] / decisions,
             "policy/clip_low_frac": sums["clip_low"] / decisions,
             "policy/clip_high_frac": sums["clip_high"] / decisions,
@@ -121,21 +132,21 @@ class StepMetrics:
                 "advantage": float(batch.advantages[first + index].abs().max() * _sign(batch, first + index)),
                 "tokens": int(self.generations.lengths[index]),
                 "truncated": bool(self.generations.truncated[index]),
+                **({"extra": {n: v[index] for n, v in rows.extras.items()}} if rows.extras else {}),
             }
             for index in range(min(cfg.samples_rows, len(rows.texts)))
         ]
 
     def watch(self, watch: SignalWatch, step: int, batch: TrainBatch) -> list[str]:
         """Tell the watch about the finished step; return what it has to say."""
-        live = batch.group[(batch.advantages != 0).any(1)].unique()
-        groups = len(batch.group.unique())
+        live = live_groups(batch.advantages.abs().amax(1), batch.group)
         with warnings.catch_warnings():
             # The journal shows the text; a warning would tear the live board.
             warnings.simplefilter("ignore", NoSignalWarning)
             text = watch.update(
                 step,
-                groups=groups,
-                groups_without_signal=groups - len(live),
+                groups=len(live),
+                groups_without_signal=int((~live).sum()),
                 rewards=batch.outcome[batch.scored].tolist(),
             )
         notes = [] if text is None else [text]

@@ -192,6 +192,7 @@ class PolicyGradientTrainer:
         tokens = token_count(batch) // self.accelerator.num_processes
         with self.metrics.clock("train"), self.memory("train", tokens=tokens):
             learnable = self.with_signal(batch)
+            self.metrics.skipped += len(batch.group.unique()) - len(learnable.group.unique())
             denominator = self.denominator(batch if self.config.denominator == "all" else learnable)
             if not learnable.mask.any() or not (self.regularised or learnable.advantages.any()):
                 return  # no gradient: neither the optimizer (its momentum would) nor its schedule moves

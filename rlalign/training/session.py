@@ -5,7 +5,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from rlalign.training.checkpoint import Checkpoints
+import torch
+from torch import Tensor
+
+from rlalign.training.checkpoint import CheckpointError, Checkpoints
 from rlalign.training.journal import Journal
 from rlalign.training.report import write_report
 from rlalign.training.run_directory import RunDirectory, Status
@@ -63,6 +66,8 @@ class Session:
         self.checkpoints = Checkpoints(self.path / "checkpoints", keep=keep)
         self.stop = GracefulStop()
         self.saved_at: int | None = None
+        self.resume_with = f"rlalign resume {self.path}"
+        """What the user types or calls to go on; a run started from Python is continued by its own script."""
 
     def join(self, *, main: bool, anywhere: Callable[[bool], bool]) -> None:
         """Tell the session about the other processes.
@@ -113,7 +118,7 @@ class Session:
         """Save and raise `Interrupted` when any process received a signal."""
         if self.anywhere(self.stop.requested):
             self.save(trainer)
-            raise Interrupted(f"Saved step {trainer.step}. Continue: rlalign resume {self.path}")
+            raise Interrupted(f"Saved step {trainer.step}. Continue: {self.resume_with}")
 
     def finish(self, trainer: Resumable) -> None:
         """Save the end of the run: a last checkpoint, and the model in the form other libraries load."""
@@ -125,6 +130,7 @@ class Session:
         if self.saved_at == trainer.step:
             return
         state = dict(trainer.state_dict())  # every process takes part: sharded state is gathered here
+        _require_finite(state["model"], trainer.step)
         if self.main:
             self.checkpoints.save(trainer.step, {**state, "journal": {"records": self.journal.records}})
         self.saved_at = trainer.step
@@ -159,6 +165,18 @@ class Session:
             self.journal.note(f"Report: {write_report(run.path)}")
         except OSError as error:  # a full disk must not hide why the run ended
             self.journal.note(f"The report could not be written ({error}). Later: rlalign report {run.path}")
+
+
+def _require_finite(tree: Any, step: int, name: str = "model") -> None:
+    """A model that is no longer finite must not push the last good one out of the checkpoints."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            _require_finite(value, step, str(key))
+    elif isinstance(tree, Tensor) and not bool(torch.isfinite(tree).all()):
+        raise CheckpointError(
+            f"`{name}` has NaN or infinite entries, so step {step} was not saved; older checkpoints are intact. Lower "
+            "`optim.learning_rate`, and look at the metrics before this step."
+        )
 
 
 def _kept_traceback(run: RunDirectory, error: BaseException) -> str:

@@ -36,24 +36,29 @@ def open_trackers(names: Sequence[str], run_dir: Path, *, project: str) -> list[
     Raises:
         MissingTracker: A package cannot be imported.
     """
-    return [_Tolerant(name, _OPEN[name](run_dir, project)) for name in names]
+    return [_Tolerant(name, lambda name=name: _OPEN[name](run_dir, project)) for name in names]
 
 
 class _Tolerant:
-    """Turns a tracker's failures into one warning."""
+    """Turns a tracker's failures, the first connection included, into one warning."""
 
-    def __init__(self, name: str, tracker: Tracker) -> None:
-        self.name, self.tracker, self.failed = name, tracker, False
+    def __init__(self, name: str, start: Callable[[], Tracker]) -> None:
+        self.name, self.started, self.failed = name, list[Tracker](), False
+        self._try(lambda: self.started.append(start()))
 
     def log(self, step: int, metrics: Mapping[str, float | int | str]) -> None:
-        self._try(lambda: self.tracker.log(step, metrics))
+        for tracker in self.started:
+            self._try(lambda: tracker.log(step, metrics))
 
     def close(self) -> None:
-        self._try(self.tracker.close)
+        for tracker in self.started:
+            self._try(tracker.close)
 
     def _try(self, call: Callable[[], None]) -> None:
         try:
             call()
+        except MissingTracker:
+            raise
         except Exception as error:  # whatever a tracker's network client raises
             if not self.failed:
                 warnings.warn(

@@ -143,5 +143,5 @@ def test_a_finished_run_has_nothing_left_to_do(workshop, undisturbed):
     before = metrics_hash(whole / "metrics.jsonl")
     done = rlalign(workshop, "resume", "undisturbed")
     assert done.code == 0
-    assert "is finished; nothing is left to do" in done.out
+    assert "undisturbed is finished" in done.out
     assert metrics_hash(whole / "metrics.jsonl") == before

@@ -143,7 +143,7 @@ def test_a_prompt_is_prefilled_once_for_its_group_and_ended_rows_leave(model):
     got = sample(model, RAGGED)
     assert shapes[0] == (4, 9)
     alive = [int((got.lengths > step).sum()) for step in range(1, 8)]
-    assert [shape for shape in shapes[1:]] == [(rows, 1) for rows in alive if rows]
+    assert shapes[1:] == [(rows, 1) for rows in alive if rows]
     assert alive[0] < 12
 
 

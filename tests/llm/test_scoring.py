@@ -217,7 +217,10 @@ def test_scoring_a_rollout_keeps_no_graph_and_the_caller_may_wrap_the_forward(ti
 def test_packing_error_is_rounding_for_a_plain_model(tiny_model):
     scorer = Scorer(tiny_model, temperature=0.7, packing="padded")
     assert 0 < packing_error(scorer, ragged(), CPU, most_tokens=1000) < 1e-4
-    assert packing_error(Scorer(tiny_model.double(), temperature=0.7, packing="padded"), ragged(), CPU, most_tokens=16) < 1e-12
+    assert (
+        packing_error(Scorer(tiny_model.double(), temperature=0.7, packing="padded"), ragged(), CPU, most_tokens=16)
+        < 1e-12
+    )
     assert scorer.packing == "padded"
 
 
@@ -235,7 +238,9 @@ def test_packing_error_is_nan_when_the_model_takes_no_4d_mask(tiny_model, error)
             raise error("only padding masks here")
 
     tiny_model.model.register_forward_pre_hook(refuse, with_kwargs=True)
-    assert math.isnan(packing_error(Scorer(tiny_model, temperature=1.0, packing="padded"), ragged(), CPU, most_tokens=99))
+    assert math.isnan(
+        packing_error(Scorer(tiny_model, temperature=1.0, packing="padded"), ragged(), CPU, most_tokens=99)
+    )
 
 
 def test_what_goes_wrong_on_padded_rows_is_an_error(tiny_model):

@@ -19,7 +19,7 @@ class FakeWandb(ModuleType):
         self.calls: list[tuple[str, Any, dict[str, Any]]] = []
         self.broken = broken
 
-    def _call(self, name: str, *arguments: Any, **named: Any) -> None:
+    def _call(self, name: str, /, *arguments: Any, **named: Any) -> None:
         self.calls.append((name, arguments, named))
         if name == self.broken:
             raise ConnectionError("no route to host")
@@ -84,10 +84,23 @@ def test_an_outage_is_one_warning_and_the_others_go_on(monkeypatch, tmp_path: Pa
     assert [name for name, _, _ in healthy.calls] == ["init", "log", "log", "log", "finish"]
 
 
+def test_a_tracker_that_cannot_even_start_stops_nothing(monkeypatch, tmp_path: Path):
+    broken = FakeWandb("wandb", broken="init")
+    monkeypatch.setitem(sys.modules, "wandb", broken)
+    with pytest.warns(UserWarning, match="wandb failed .no route to host.") as told:
+        (tracker,) = open_trackers(["wandb"], tmp_path, project="p")
+        tracker.log(1, {"reward/mean": 1.0})
+        tracker.close()
+    assert len(told) == 1
+    assert [name for name, _, _ in broken.calls] == ["init"]
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
 def test_a_missing_package_is_named_with_its_pip_line_before_anything_starts(name, monkeypatch, tmp_path: Path):
     monkeypatch.setattr(trackers, "find_spec", lambda wanted: None)
-    with pytest.raises(MissingTracker, match=f"`log.trackers` names {name}, which is not installed: pip install {name}"):
+    with pytest.raises(
+        MissingTracker, match=f"`log.trackers` names {name}, which is not installed: pip install {name}"
+    ):
         require_trackers([name])
     for module in (name, "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, module, None)

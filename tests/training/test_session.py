@@ -1,0 +1,313 @@
+"""The session: what a run directory holds after every kind of ending, and that resuming goes on from there."""
+
+import errno
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlalign.training import session as session_module
+from rlalign.training.checkpoint import CheckpointError, Checkpoints
+from rlalign.training.metrics import read
+from rlalign.training.run_directory import RunDirectory, RunDirectoryError, RunLocked
+from rlalign.training.session import Session, free_run_path
+from rlalign.training.signals import Interrupted
+
+
+class Counter:
+    """A trainer that adds 1 to its only weight per step."""
+
+    def __init__(self) -> None:
+        self.step, self.weight, self.states = 0, torch.zeros(3), 0
+
+    def advance(self) -> None:
+        self.step += 1
+        self.weight += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        self.states += 1
+        return {
+            "model": {"w": self.weight},
+            "optimizer": {"lr": 0.5},
+            "trainer": {"step": self.step},
+            "rng": {"seed": 1},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.weight = state["trainer"]["step"], state["model"]["w"]
+
+    def save_model(self, path: str | Path) -> None:
+        Path(path).mkdir()
+        Path(path, "weights.txt").write_text(str(self.weight.tolist()))
+
+
+def make(path: Path, **options: Any) -> Session:
+    settings = {"name": "x", "config_text": "method: x\n", "resolved": {"method": "x"}, "total_steps": 4}
+    return Session(path, **(settings | {"save_every": 2, "keep": 2} | options))
+
+
+def train(
+    session: Session, trainer: Counter, *, total: int = 4, resume: bool = False, at: Callable | None = None
+) -> None:
+    """The loop of every trainer, with `at` called in each step."""
+    with session.open(trainer, resume=resume) as journal:
+        while trainer.step < total:
+            trainer.advance()
+            journal.train(trainer.step, {"weight": float(trainer.weight[0])})
+            if at is not None:
+                at(trainer.step)
+            session.after_step(trainer)
+        session.finish(trainer)
+
+
+def status(path: Path) -> dict[str, Any]:
+    return json.loads((path / "status.json").read_text())
+
+
+def on_step(step: int, action: Callable[[], Any]) -> Callable[[int], None]:
+    return lambda now: action() if now == step else None
+
+
+def fail(error: BaseException) -> Callable[[], None]:
+    def action() -> None:
+        raise error
+
+    return action
+
+
+def test_a_finished_run_has_status_checkpoints_model_and_report(tmp_path, capsys):
+    run = tmp_path / "run"
+    trainer = Counter()
+    train(make(run), trainer)
+    assert status(run)["status"] == "done"
+    assert (status(run)["step"], status(run)["total_steps"]) == (4, 4)
+    assert Checkpoints(run / "checkpoints").steps() == [2, 4]
+    assert (run / "model/weights.txt").read_text() == "[4.0, 4.0, 4.0]"
+    assert [record["weight"] for record in read(run / "metrics.jsonl")] == [1.0, 2.0, 3.0, 4.0]
+    assert capsys.readouterr().out.splitlines()[-1] == f"Report: {run / 'report.html'}"
+    assert (run / "report.html").is_file()
+    assert trainer.states == 2  # the last step was saved once, not again at the end
+    RunDirectory.open(run).close()  # the lock is free again
+
+
+def test_every_kind_of_ending_leaves_its_status(tmp_path):
+    endings: dict[str, BaseException] = {
+        "failed": ValueError("boom"),
+        "interrupted": KeyboardInterrupt(),
+    }
+    for ending, error in endings.items():
+        run = tmp_path / ending
+        with pytest.raises(type(error)):
+            train(make(run), Counter(), at=on_step(3, fail(error)))
+        assert (status(run)["status"], status(run)["step"]) == (ending, 3)
+        assert (run / "report.html").is_file()
+        assert Checkpoints(run / "checkpoints").steps() == [2]
+        RunDirectory.open(run).close()
+
+
+def test_a_failure_keeps_its_traceback_and_says_where(tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="boom") as caught:
+        train(make(run), Counter(), at=on_step(1, fail(ValueError("boom"))))
+    assert caught.value.__notes__ == [f"Full traceback: {run / 'errors' / 'error-0001.txt'}"]
+    assert "ValueError: boom" in (run / "errors/error-0001.txt").read_text()
+
+
+def test_a_loop_abandoned_by_its_owner_is_interrupted_and_resumable(tmp_path):
+    run, session, trainer = tmp_path / "run", make(tmp_path / "run"), Counter()
+
+    def steps() -> Iterator[int]:
+        with session.open(trainer, resume=False):
+            while True:
+                trainer.advance()
+                yield trainer.step
+                session.after_step(trainer)
+
+    for step in steps():
+        if step == 3:
+            break
+    assert status(run)["status"] == "interrupted"
+    again = Counter()
+    train(make(run), again, resume=True)
+    assert again.weight.tolist() == [4.0, 4.0, 4.0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda s: s.name)
+def test_a_signal_finishes_the_step_saves_and_tells_how_to_go_on(tmp_path, number):
+    run, trainer = tmp_path / "run", Counter()
+    with pytest.raises(Interrupted, match=f"Saved step 3. Continue: rlalign resume {run}") as caught:
+        train(make(run), trainer, at=on_step(3, lambda: signal.raise_signal(number)))
+    assert caught.value.exit_code == 75
+    assert status(run)["status"] == "interrupted"
+    assert Checkpoints(run / "checkpoints").steps() == [2, 3]
+    again = Counter()
+    train(make(run), again, resume=True)
+    assert again.weight.tolist() == [4.0, 4.0, 4.0]
+    assert [record["step"] for record in read(run / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_second_ctrl_c_stops_within_the_step(tmp_path):
+    run, trainer = tmp_path / "run", Counter()
+
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the second one did not interrupt")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(make(run), trainer, at=on_step(3, twice))
+    assert status(run)["status"] == "interrupted"
+    assert Checkpoints(run / "checkpoints").load().step == 2
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_same_session_goes_on_after_a_signal(tmp_path):
+    session, trainer = make(tmp_path / "run"), Counter()
+    with pytest.raises(Interrupted):
+        train(session, trainer, at=on_step(1, lambda: signal.raise_signal(signal.SIGTERM)))
+    train(session, trainer, resume=True)
+    assert trainer.weight.tolist() == [4.0, 4.0, 4.0]
+
+
+def test_all_processes_stop_when_any_was_asked(tmp_path):
+    session, trainer = make(tmp_path / "run", save_every=0), Counter()
+    asked: list[bool] = []
+
+    def anywhere(flag: bool) -> bool:
+        asked.append(flag)
+        return len(asked) == 2  # another process was asked during step 2
+
+    session.join(main=True, anywhere=anywhere)
+    with pytest.raises(Interrupted, match="Saved step 2"):
+        train(session, trainer)
+    assert asked == [False, False]
+    assert Checkpoints(tmp_path / "run/checkpoints").steps() == [2]
+
+
+def test_other_processes_write_nothing_but_take_part_in_saving(tmp_path):
+    (tmp_path / "run").mkdir()
+    session, trainer = make(tmp_path / "run"), Counter()
+    session.join(main=False, anywhere=bool)
+    trainer.save_model = lambda path: None  # pyright: ignore[reportAttributeAccessIssue]
+    train(session, trainer)
+    assert trainer.states == 2
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize(("save_every", "steps"), [(0, [4]), (1, [3, 4]), (3, [3, 4])])
+def test_checkpoints_come_every_so_many_steps_and_old_ones_go(tmp_path, save_every, steps):
+    train(make(tmp_path / "run", save_every=save_every), Counter())
+    assert Checkpoints(tmp_path / "run/checkpoints").steps() == steps
+
+
+def test_resuming_takes_up_state_and_log_where_the_checkpoint_was(tmp_path, capsys):
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="boom"):
+        train(make(run), Counter(), at=on_step(3, fail(ValueError("boom"))))
+    assert [record["step"] for record in read(run / "metrics.jsonl")] == [1, 2, 3]
+    again = Counter()
+    train(make(run), again, resume=True)
+    assert again.weight.tolist() == [4.0, 4.0, 4.0]
+    assert [record["weight"] for record in read(run / "metrics.jsonl")] == [1.0, 2.0, 3.0, 4.0]
+    assert "Resumed step 2 from ckpt-000002" in capsys.readouterr().out
+    assert status(run)["status"] == "done"
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(tmp_path, capsys):
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="boom"):
+        train(make(run), Counter(), at=on_step(1, fail(ValueError("boom"))))
+    train(make(run), Counter(), resume=True)
+    assert [record["step"] for record in read(run / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert "No checkpoint yet: starting from the beginning" in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_optimizer_or_random_numbers_is_refused(tmp_path):
+    run = tmp_path / "run"
+    train(make(run), Counter(), total=2)
+    for missing in ("optimizer", "rng"):
+        state = {name: value for name, value in Counter().state_dict().items() if name != missing}
+        Checkpoints(run / "checkpoints").save(9, state)
+        with pytest.raises(CheckpointError, match=f"holds no {missing}, so the run cannot continue exactly"):
+            train(make(run), Counter(), resume=True)
+        assert status(run)["status"] == "failed"
+
+
+def test_damaged_checkpoints_never_start_the_run_over(tmp_path):
+    run = tmp_path / "run"
+    train(make(run), Counter(), total=2)
+    (run / "checkpoints/ckpt-000002/model.safetensors").write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(CheckpointError, match="no checkpoint in .* is intact"),
+    ):
+        train(make(run), Counter(), resume=True)
+
+
+def test_two_sessions_cannot_have_one_directory(tmp_path):
+    run = tmp_path / "run"
+    train(make(run), Counter())
+    with pytest.raises(RunDirectoryError, match="already holds a run"):
+        train(make(run), Counter())
+    with RunDirectory.open(run), pytest.raises(RunLocked, match="locked by pid"):
+        train(make(run), Counter(), resume=True)
+    assert status(run)["status"] == "done"
+    with pytest.raises(RunDirectoryError, match="is not a run directory"):
+        train(make(tmp_path / "nothing"), Counter(), resume=True)
+
+
+def test_a_full_disk_does_not_hide_why_a_run_ended(tmp_path, monkeypatch, capsys):
+    def full(*arguments: Any, **named: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = tmp_path / "run"
+
+    def fill_up() -> None:
+        monkeypatch.setattr(RunDirectory, "record_error", full)
+        monkeypatch.setattr(session_module, "write_report", full)
+        raise CheckpointError("could not save step 3")
+
+    with pytest.raises(CheckpointError, match="could not save step 3") as caught:
+        train(make(run), Counter(), at=on_step(3, fill_up))
+    assert "could not be saved" in caught.value.__notes__[0]
+    assert "No space left on device" in caught.value.__notes__[0]
+    assert f"Later: rlalign report {run}" in capsys.readouterr().out
+    assert Checkpoints(run / "checkpoints").steps() == [2]
+
+
+def test_missing_tracker_packages_are_found_before_there_is_a_directory(tmp_path, monkeypatch):
+    from rlalign.training import trackers
+
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(trackers.MissingTracker, match="pip install wandb"):
+        make(tmp_path / "run", trackers=("wandb",))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_a_name_gets_the_first_free_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert free_run_path(Path("runs"), "bnpo") == Path("runs/bnpo")
+    paths = []
+    for _ in range(3):
+        session = make(None)  # pyright: ignore[reportArgumentType]
+        train(session, Counter(), total=1)
+        paths.append(str(session.path))
+    assert paths == ["runs/x", "runs/x-2", "runs/x-3"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_model_that_is_not_finite_never_replaces_the_last_good_one(tmp_path, bad):
+    run, trainer = tmp_path / "run", Counter()
+
+    def spoil() -> None:
+        trainer.weight[1] = bad
+
+    with pytest.raises(CheckpointError, match="`w` has NaN or infinite entries, so step 4 was not saved"):
+        train(make(run), trainer, at=on_step(3, spoil))
+    assert status(run)["status"] == "failed"
+    assert Checkpoints(run / "checkpoints").load().state["model"]["w"].tolist() == [2.0, 2.0, 2.0]
