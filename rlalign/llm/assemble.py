@@ -10,15 +10,15 @@ import torch
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
-from rlalign.config import ConfigError, dump
+from rlalign.config import dump
 from rlalign.llm.config import BaselineConfig, GuardConfig, PolicyGradientConfig
 from rlalign.llm.consistency import check_consistency
 from rlalign.llm.data import Prompts, load_prompts
 from rlalign.llm.data_lint import check_prompts
 from rlalign.llm.evaluation import Baseline, Evaluator
 from rlalign.llm.policy import Policy
-from rlalign.llm.scoring import base_model
 from rlalign.llm.rewards import resolve_rewards
+from rlalign.llm.scoring import base_model
 from rlalign.optim.step import SkipBudget, adamw
 from rlalign.training.distributed import sum_over_processes
 from rlalign.training.guard import RewardGuard
@@ -69,7 +69,7 @@ def build_parts(
         if data is not None:
             limit = cfg.rollout.max_prompt_tokens
             notes += check_prompts(data, held_out=other, tokenizer=policy.tokenizer, max_prompt_tokens=limit)
-    _require_context(cfg, base_model(policy.model).config.get_text_config().to_dict())
+    notes += _context_notes(cfg, base_model(policy.model).config.get_text_config().to_dict())
     guard.prepare(train.reward_columns)
     if held_out is not None:
         metrics.prepare(held_out.reward_columns)
@@ -100,13 +100,14 @@ def build_parts(
     )
 
 
-def _require_context(cfg: PolicyGradientConfig, model: Mapping[str, Any]) -> None:
-    window, rollout = model.get("max_position_embeddings"), cfg.rollout
-    if window is not None and rollout.max_completion_tokens >= window:
-        raise ConfigError(
-            f"`rollout.max_completion_tokens`={rollout.max_completion_tokens} leaves no room for a prompt in the model's "
-            f"context of {window} tokens; lower it."
-        )
+def _context_notes(cfg: PolicyGradientConfig, model: Mapping[str, Any]) -> list[str]:
+    window, longest = model.get("max_position_embeddings"), cfg.rollout.max_completion_tokens
+    if window is None or longest < window:
+        return []
+    return [
+        f"`rollout.max_completion_tokens`={longest} leaves no room for a prompt in the model's context of {window} tokens: "
+        "long completions will leave what it was trained on"
+    ]
 
 
 def _prompts(source: Any, cfg: PolicyGradientConfig, name: str) -> Prompts:

@@ -71,11 +71,12 @@ def _notes(cfg: PolicyGradientConfig) -> list[str | None]:
         f"`optim.warmup_steps`={optim.warmup_steps} is more than half of the run"
         if optim.warmup_steps > cfg.total_steps * updates / 2
         else None,
-        "`denominator: signal` has no effect beside a KL or entropy term: rollouts without signal then carry a gradient too"
+        "`denominator: signal` has no effect beside a KL or entropy term: rollouts without signal then carry a "
+        "gradient too"
         if cfg.denominator == "signal" and ((cfg.kl.coef and cfg.kl.where == "loss") or cfg.entropy_coef)
         else None,
-        "`kl.where: reward` with `advantage: group_relative` and `scale: true` divides by a deviation that is KL noise where "
-        "a group agrees; consider `scale: false`"
+        "`kl.where: reward` with `advantage: group_relative` and `scale: true` divides by a deviation that is KL noise "
+        "where a group agrees; consider `scale: false`"
         if cfg.kl.coef and cfg.kl.where == "reward" and isinstance(cfg.advantage, GroupRelative) and cfg.advantage.scale
         else None,
         "advantages by Beta Normalization Policy Optimization (arXiv:2506.02864), which is not TRL's "

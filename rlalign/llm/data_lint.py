@@ -126,7 +126,7 @@ def _message_problem(message: Any) -> str | None:
 def _text_problem(text: str) -> str | None:
     try:
         text.encode()
-    except UnicodeEncodeError:  # JSON can spell it, as in "\\ud800"; no tokenizer and no file can hold it
+    except UnicodeEncodeError:  # JSON can spell it, as in "\ud800"; no tokenizer and no file can hold it
         return "text holds half of a surrogate pair"
     return None
 

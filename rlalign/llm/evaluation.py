@@ -13,7 +13,7 @@ from rlalign.llm.config import PolicyGradientConfig
 from rlalign.llm.data import Prompts, encode_prompt
 from rlalign.llm.generate import Generations
 from rlalign.llm.policy import Policy
-from rlalign.training.distributed import gather_ragged
+from rlalign.training.distributed import gather_json, gather_ragged
 from rlalign.training.guard import RewardGuard
 from rlalign.training.journal import Journal
 from rlalign.training.session import Session
@@ -104,6 +104,7 @@ class Evaluator:
             values[batch, 1:] = scored.table.values
             rows += _sample_rows(scored, batch, generations)
         values = _merge(gather_ragged(values, accelerator)) if accelerator.num_processes > 1 else values
+        rows = [row for part in gather_json(rows, accelerator) for row in part]
         return _metrics(values, [function.name for function in guard.functions]), sorted(
             rows, key=lambda row: row["prompt_id"]
         )

@@ -19,7 +19,6 @@ from rlalign.training.distributed import sum_over_processes
 from rlalign.training.no_signal import NoSignalWarning, SignalWatch
 from rlalign.training.stopwatch import Stopwatch
 
-
 SUMS = (
     *("decisions", "entropy", "clip_low", "clip_high", "kl", "reference_decisions", "gap", "gap_decisions"),
     *("rows", "reward/error_frac", "reward/timeout_count"),

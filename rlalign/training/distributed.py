@@ -1,5 +1,6 @@
 """Bring what every process collected to every process, so that statistics are those of the whole step."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -59,6 +60,14 @@ def gather_ragged(value: Tensor, accelerator: Accelerator) -> list[Tensor]:
     rows = _gather(flat.view(torch.uint8) if value.dtype == torch.bool else flat, accelerator).to(device)
     rows = rows.view(torch.bool) if value.dtype == torch.bool else rows
     return [row[:size].view(shape) for row, size, shape in zip(rows, sizes, shapes, strict=True)]
+
+
+def gather_json(value: Any, accelerator: Accelerator) -> list[Any]:
+    """Every process's value, by process; anything that JSON can hold."""
+    if accelerator.num_processes == 1:
+        return [value]
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    return [json.loads(part.cpu().numpy().tobytes()) for part in gather_ragged(text, accelerator)]
 
 
 def sum_over_processes(values: Mapping[str, float], accelerator: Accelerator) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,7 +49,7 @@ class _Tolerant:
 
     def log(self, step: int, metrics: Mapping[str, float | int | str]) -> None:
         for tracker in self.started:
-            self._try(lambda: tracker.log(step, metrics))
+            self._try(partial(tracker.log, step, metrics))
 
     def close(self) -> None:
         for tracker in self.started:

@@ -423,7 +423,7 @@ def test_a_boundary_inside_a_row_is_refused_by_whoever_compares_outcomes(cfg):
 @pytest.mark.parametrize(
     ("cfg", "sentence"),
     [
-        (GAE(), r"`advantage\.type: gae` needs `next_values`.*`policy\.value_head`"),
+        (GAE(), r"`advantage\.type: gae` needs `next_values`.*only a policy with a critic"),
         (
             GreedyBaseline(),
             r"`advantage\.type: greedy_baseline` needs `baseline_reward`.*trainer collects it by itself",

@@ -1,6 +1,8 @@
 """The scenarios of `test_two_processes`, run by one process or by two: argv is the tiny checkpoint and a folder."""
 
 import json
+import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -26,53 +28,102 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "one_group_with_signal": {},
     "one_group_twice": TWICE,
     "abstains": {},
-    # Last: accelerate fixes the precision of a process once.
-    "autocast": {"accelerate": {"mixed_precision": "bf16"}, **merged(TWICE, {"optim": {"micro_batch_tokens": 19}})},
+    "fails_on_one_process": {},
+    "stopped_by_one_process": {"checkpoint": {"every": 1}},
 }
 
 
 def one_group(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    """Only the last prompt, which belongs to the second process, has anything to learn from."""
+    """Only one prompt has anything to learn from, so in most steps one process has no gradient of its own."""
     even = even_length(completions)
     return [value if prompt == PROMPTS[3] else 1.0 for prompt, value in zip(prompts, even, strict=True)]
 
 
 def abstains(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
-    """Judges only the longer prompts, so one process has fewer scored rows than the other."""
+    """Judges all prompts but one, so one process has fewer scored rows than the other."""
     even = even_length(completions)
-    return [None if prompt in PROMPTS[:1] else value for prompt, value in zip(prompts, even, strict=True)]
+    return [None if prompt == PROMPTS[0] else value for prompt, value in zip(prompts, even, strict=True)]
 
 
-REWARDS = {"one_group_with_signal": one_group, "one_group_twice": one_group, "abstains": abstains}
+def fails(prompts: list[str], completions: list[str], trainer_state: Any, **columns: Any) -> list[float]:
+    """Cannot grade one of the prompts after the first step."""
+    if PROMPTS[1] in prompts and trainer_state.global_step > 0:
+        raise KeyError("answer")
+    return even_length(completions)
 
 
-def run(name: str, checkpoint: str, out: Path) -> None:
+REWARDS = {
+    "one_group_with_signal": one_group,
+    "one_group_twice": one_group,
+    "abstains": abstains,
+    "fails_on_one_process": fails,
+}
+
+
+def make(name: str, checkpoint: str, out: Path, callback: Any = None) -> Any:
     from rlalign.llm.trainer import PolicyGradientTrainer
 
     base = {"total_steps": 3, "eval": {"every": 2}, "model": {"name": checkpoint, "device": "cpu"}}
-    torch.manual_seed(0)
-    trainer = PolicyGradientTrainer(
+    return PolicyGradientTrainer(
         checkpoint,
         REWARDS.get(name, even_length),
         PROMPTS,
         settings(**merged(base, SCENARIOS[name])),
         eval_dataset=[f"tell {number}" for number in range(5)],
         run_dir=out / name,
+        callback=callback,
     )
+
+
+def run(name: str, checkpoint: str, out: Path) -> None:
+    trainer = make(name, checkpoint, out)
+    rollouts = record_rollouts(trainer)
+    trainer.fit()
+    keep(trainer, rollouts, out / name)
+
+
+def run_and_stop(name: str, checkpoint: str, out: Path) -> None:
+    """A signal reaches the last process only, and all of them must stop at the same step; then they go on."""
+    from rlalign.training.signals import Interrupted
+
+    def strike(step: int, metrics: Any) -> None:
+        accelerator = stopped.accelerator
+        if step == 2 and accelerator.process_index == accelerator.num_processes - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped = make(name, checkpoint, out, callback=strike)
+    rollouts = record_rollouts(stopped)
+    try:
+        stopped.fit()
+    except Interrupted:
+        again = make(name, checkpoint, out)
+        rollouts = rollouts[:2]
+        rollouts.extend(record_rollouts(again, fit=True))
+        keep(again, rollouts, out / name)
+
+
+def record_rollouts(trainer: Any, *, fit: bool = False) -> list[Any]:
     rollouts, collect = [], trainer.collect
 
-    def recorded():
+    def recorded() -> Any:
         rollouts.append(collect())
         return rollouts[-1]
 
-    trainer.collect = recorded  # pyright: ignore[reportAttributeAccessIssue]
-    trainer.fit()
+    trainer.collect = recorded
+    if fit:
+        trainer.fit(resume=True)
+    return rollouts
+
+
+def keep(trainer: Any, rollouts: list[Any], path: Path) -> None:
+    """Every process's weights, and the rollouts as the first process saw them."""
+    weights = {name: value.detach().clone() for name, value in trainer.policy.model.named_parameters()}
+    save_file(weights, f"{path}.weights-{trainer.accelerator.process_index}")
     if trainer.accelerator.is_main_process:
-        save_file({n: p.detach().clone() for n, p in trainer.policy.model.named_parameters()}, out / f"{name}.weights")
-        state = {
+        named = {
             f"{step}/{key}": value for step, item in enumerate(rollouts) for key, value in item.state_dict().items()
         }
-        save_file({key: value.contiguous() for key, value in state.items()}, out / f"{name}.rollouts")
+        save_file({key: value.contiguous() for key, value in named.items()}, f"{path}.rollouts")
 
 
 def main() -> None:
@@ -82,7 +133,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in sys.argv[3:] or SCENARIOS:
         print(json.dumps({"scenario": name}), flush=True)
-        run(name, checkpoint, out)
+        (run_and_stop if name == "stopped_by_one_process" else run)(name, checkpoint, out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Forks one process per `rlalign` command, so that many commands cost the imports of one; kills and disturbs on order.
 
-Requests are JSON lines on stdin: `argv`, `cwd`, `stdout`, `stderr` (files), `counts` (a file or null) and `faults`, a
-list of `{"at": point, "nth": n, "do": what, "after": bool}`. The answer is a line with the exit code, negative for a
+Requests are JSON lines on stdin: `argv` (of `rlalign`, or of a Python script that comes first), `cwd`, `environment`,
+`stdout` and `stderr` (files), `counts` (a file or null) and `faults`, a list of `{"at": point, "nth": n, "do": what, "after": bool}`. The answer is a line with the exit code, negative for a
 signal. The children are processes like any other: they hold the run's lock, get signals and die of SIGKILL.
 """
 
@@ -9,6 +9,7 @@ import errno
 import importlib
 import json
 import os
+import runpy
 import signal
 import sys
 import traceback
@@ -58,6 +59,7 @@ def become(request: dict[str, Any]) -> None:
         signal.alarm(LONGEST_SECONDS)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         redirect(request)
+        os.environ.update(request["environment"])
         counts = arrange(request["faults"])
         code = command(request["argv"])
         if request["counts"]:
@@ -82,12 +84,14 @@ def redirect(request: dict[str, Any]) -> None:
 
 
 def command(argv: list[str]) -> int:
+    """The `rlalign` command with these arguments, or a Python script with its own."""
     from rlalign import cli
 
     warnings.resetwarnings()
-    sys.argv = ["rlalign", *argv]
+    script = argv[0].endswith(".py")
+    sys.argv = argv if script else ["rlalign", *argv]
     try:
-        cli.main()
+        runpy.run_path(argv[0], run_name="__main__") if script else cli.main()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -86,12 +86,19 @@ def prepare(folder: Path, checkpoint: Path) -> Path:
     return folder
 
 
-def rlalign(folder: Path, *argv: str, faults: Sequence[dict[str, Any]] = (), count: bool = False) -> Done:
-    """Run one command in `folder`."""
+def rlalign(
+    folder: Path,
+    *argv: str,
+    faults: Sequence[dict[str, Any]] = (),
+    count: bool = False,
+    environment: Mapping[str, str] | None = None,
+) -> Done:
+    """Run one command (or a script, named first) in `folder`."""
     stdout, stderr, counts = (folder / f".{name}" for name in ("stdout", "stderr", "counts"))
     request = {
         "argv": argv,
         "cwd": str(folder),
+        "environment": dict(environment or {}),
         "stdout": str(stdout),
         "stderr": str(stderr),
         "counts": str(counts) if count else None,

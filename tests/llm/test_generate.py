@@ -63,9 +63,17 @@ def test_completions_end_at_the_first_end_token_and_keep_it(model):
     assert got.ids[~got.mask].eq(PAD).all()
     assert got.log_prob[~got.mask].eq(0).all()
     assert got.log_prob[got.mask].lt(0).all()
-    # PAD ends completions itself: where it was sampled it counts
-    ended_by_pad = sample(model, RAGGED, ends=(PAD, unended[0][2]))
-    assert rows_of(ended_by_pad)[0] == unended[0][:3]
+
+
+def test_the_padding_token_counts_where_it_was_sampled_as_end(model):
+    probs = reference.log_probs(model, RAGGED[0], 1.0)[-1].exp().detach()
+    noise = uniforms(12, 8)
+    noise[0, 0] = float(probs[:PAD].sum() + probs[PAD] / 2)
+    got = sample(model, RAGGED, ends=(PAD,), noise=noise)
+    assert rows_of(got)[0] == [PAD]
+    assert got.mask[0].tolist() == [True] + [False] * 7
+    assert float(got.log_prob[0, 0]) == pytest.approx(float(probs[PAD].log()), abs=1e-5)
+    assert not bool(got.truncated[0])
 
 
 def test_a_sampled_padding_token_is_a_token_when_it_ends_nothing(model):

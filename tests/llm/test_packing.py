@@ -112,9 +112,13 @@ def a_segment(tokens: int, row: int = 0) -> Segment:
 
 def test_micro_batches_count_padding_and_put_the_longest_first():
     parts = [a_segment(tokens, row) for row, tokens in enumerate((3, 10, 4, 9, 2, 5))]
-    dealt = micro_batches(parts, most_tokens=20)
-    # 2 x 10 = 20 fits; 4 x 5 = 20 fits: a shorter row costs as much as the longest beside it
-    assert [[part.tokens for part in batch] for batch in dealt] == [[10, 9], [5, 4, 3, 2]]
+    dealt = micro_batches(parts, most_tokens=19)
+    # 2 x 10 and 3 x 9 are too much, 2 x 9 and 3 x 4 fit: a shorter row costs as much as the longest beside it
+    assert [[part.tokens for part in batch] for batch in dealt] == [[10], [9, 5], [4, 3, 2]]
+    assert [[part.tokens for part in batch] for batch in micro_batches(parts, most_tokens=20)] == [
+        [10, 9],
+        [5, 4, 3, 2],
+    ]
     assert [[part.tokens for part in batch] for batch in micro_batches(parts, most_tokens=1)] == [
         [10],
         [9],

@@ -679,7 +679,7 @@ def test_a_loop_left_early_can_be_resumed_to_the_same_end(make, tiny_model, tiny
 def test_the_same_trainer_goes_on_after_an_interruption(make):
     """In a notebook: interrupt, look, `fit(resume=True)`. The signal of before must not stop it again."""
     trainer = make(total_steps=3, callback=lambda step, metrics: trainer.session.stop.request() if step == 1 else None)
-    with pytest.raises(Interrupted, match=r"Saved step 1. Continue: rlalign resume .*run-0"):
+    with pytest.raises(Interrupted, match=r"Saved step 1. Continue: the same script with run_dir=.*run-0.* and fit\(resume=True\)"):
         trainer.fit()
     trainer.callback = None
     trainer.fit(resume=True)

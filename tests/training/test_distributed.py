@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rlalign.buffers import Input, Rollout
-from rlalign.training.distributed import gather_ragged, gather_rollout, sum_over_processes
+from rlalign.training.distributed import gather_json, gather_ragged, gather_rollout, sum_over_processes
 
 T = TypeVar("T")
 
@@ -143,6 +143,12 @@ def test_one_process_gets_its_own_rollout_back():
     (got,) = on_ranks(lambda rank: gather_rollout(own, rank), ranks=1)
     assert got is own
     assert on_ranks(lambda rank: sum_over_processes({"a": 1.5}, rank), ranks=1) == [{"a": 1.5}]
+
+
+def test_text_and_numbers_come_back_by_rank():
+    values = [[{"prompt": "2 + 2 = \u2028 漢字", "reward": None}], []]
+    assert on_ranks(lambda rank: gather_json(values[rank.rank], rank)) == [values, values]
+    assert on_ranks(lambda rank: gather_json(values[0], rank), ranks=1) == [[values[0]]]
 
 
 def test_sums_are_by_name_in_double_precision():

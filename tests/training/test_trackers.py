@@ -73,25 +73,25 @@ def test_an_outage_is_one_warning_and_the_others_go_on(monkeypatch, tmp_path: Pa
     broken, healthy = FakeWandb("wandb", broken="log"), FakeWandb("trackio")
     monkeypatch.setitem(sys.modules, "wandb", broken)
     monkeypatch.setitem(sys.modules, "trackio", healthy)
-    both = open_trackers(["wandb", "trackio"], tmp_path, project="p")
-    with pytest.warns(UserWarning, match=r"wandb failed \(no route to host\); the run goes on, metrics.jsonl") as told:
-        for step in (1, 2, 3):
-            for tracker in both:
-                tracker.log(step, {"reward/mean": 1.0})
-    assert len(told) == 1
-    for tracker in both:
-        tracker.close()
+    first, second = open_trackers(["wandb", "trackio"], tmp_path, project="p")
+    with pytest.warns(UserWarning, match=r"wandb failed \(no route to host\); the run goes on, metrics.jsonl"):
+        first.log(1, {"reward/mean": 1.0})
+    second.log(1, {"reward/mean": 1.0})
+    for step in (2, 3):  # every warning is an error in this test suite, so a second one would fail here
+        first.log(step, {"reward/mean": 1.0})
+        second.log(step, {"reward/mean": 1.0})
+    first.close()
+    second.close()
     assert [name for name, _, _ in healthy.calls] == ["init", "log", "log", "log", "finish"]
 
 
 def test_a_tracker_that_cannot_even_start_stops_nothing(monkeypatch, tmp_path: Path):
     broken = FakeWandb("wandb", broken="init")
     monkeypatch.setitem(sys.modules, "wandb", broken)
-    with pytest.warns(UserWarning, match="wandb failed .no route to host.") as told:
+    with pytest.warns(UserWarning, match="wandb failed .no route to host."):
         (tracker,) = open_trackers(["wandb"], tmp_path, project="p")
-        tracker.log(1, {"reward/mean": 1.0})
-        tracker.close()
-    assert len(told) == 1
+    tracker.log(1, {"reward/mean": 1.0})
+    tracker.close()
     assert [name for name, _, _ in broken.calls] == ["init"]
 
 
