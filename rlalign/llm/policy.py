@@ -230,26 +230,23 @@ class Policy:
         return copied
 
     def _choose_packing(self, rollout: Rollout) -> Packing:
-        reason = reason_against_packing(self.model)
-        if reason is None:
-            few = rollout.select(torch.isin(rollout.group, rollout.group.unique()[:2]))
-            # All tokens, in the loss or not: a first batch of nothing but truncated completions must not go unchecked.
-            written = torch.arange(few.time) < few.inputs["completion_length"].value[:, None]
-            budget = self.cfg.optim.micro_batch_tokens
-            error = packing_error(self.scorer, replace(few, mask=written), self.accelerator.device, most_tokens=budget)
-            limit = TOLERANCE.get(self.model.dtype, 0.3) if self.accelerator.mixed_precision == "no" else 0.3
-            differs = f"log-probabilities differ by {error:.2g} nats"
-            reason = (
-                None
-                if error <= limit
-                else "the model does not take the packed layout"
-                if math.isnan(error)
-                else differs
-            )
+        reason = reason_against_packing(self.model) or self._packing_disagrees(rollout)
         refused = sum_over_processes({"refused": float(reason is not None)}, self.accelerator)["refused"]
         if refused:
             self.notes.append(f"Packing is off ({reason or 'another process refused'}): one padded row per completion.")
         return "padded" if refused else "prefix_shared"
+
+    def _packing_disagrees(self, rollout: Rollout) -> str | None:
+        """How the packed path differs from the padded one on two groups, beyond rounding; None when it does not."""
+        few = rollout.select(torch.isin(rollout.group, rollout.group.unique()[:2]))
+        # All tokens, in the loss or not: a first batch of nothing but truncated completions must not go unchecked.
+        written = torch.arange(few.time) < few.inputs["completion_length"].value[:, None]
+        budget = self.cfg.optim.micro_batch_tokens
+        error = packing_error(self.scorer, replace(few, mask=written), self.accelerator.device, most_tokens=budget)
+        if math.isnan(error):
+            return "the model does not take the packed layout"
+        limit = TOLERANCE.get(self.model.dtype, 0.3) if self.accelerator.mixed_precision == "no" else 0.3
+        return None if error <= limit else f"log-probabilities differ by {error:.2g} nats"
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,9 +28,18 @@ IN_A_PROCESS_OF_ITS_OWN = "llm_bnpo"
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A cache that the first run converts the embedded model into."""
-    return {"RLALIGN_CACHE": str(tmp_path_factory.mktemp("cache"))}
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A cache that the first run converts the embedded model into, and all cores."""
+    cache = tmp_path_factory.mktemp("cache")
+    yield {"RLALIGN_CACHE": str(cache), "OMP_NUM_THREADS": str(os.cpu_count())}
+    shutil.rmtree(cache)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """An empty working directory; a run of the real model leaves gigabytes there, so it goes with the test."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
 
 
 def test_there_is_something_to_run():
@@ -37,11 +48,11 @@ def test_there_is_something_to_run():
 
 
 @pytest.mark.parametrize("path", SMOKE, ids=lambda path: path.stem)
-def test_smoke_preset_trains_to_the_end(path: Path, converted, tmp_path):
-    done = rlalign(tmp_path, "train", str(path), "--run-dir", "run", environment=converted)
+def test_smoke_preset_trains_to_the_end(path: Path, environment, folder):
+    done = rlalign(folder, "train", str(path), "--run-dir", "run", environment=environment)
     assert done.code == 0, done.err[-3000:]
     assert done.out.splitlines()[-1] == "Report: run/report.html"
-    loaded, records = config.load(path), read(tmp_path / "run" / "metrics.jsonl")
+    loaded, records = config.load(path), read(folder / "run" / "metrics.jsonl")
     train = [record for record in records if record["kind"] == "train"]
     assert [record["step"] for record in train] == list(range(1, loaded.total_steps + 1))
     for record in train:
@@ -51,24 +62,24 @@ def test_smoke_preset_trains_to_the_end(path: Path, converted, tmp_path):
     assert sum(record["optim/updates"] for record in train) > 0
     evals = [record for record in records if record["kind"] == "eval"]
     assert bool(evals) == (loaded.data.eval is not None)
-    assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "done"
-    assert any((tmp_path / "run" / "model").glob("*.safetensors"))
+    assert json.loads((folder / "run/status.json").read_text())["status"] == "done"
+    assert any((folder / "run" / "model").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_runs(path: Path, converted, tmp_path):
+def test_example_runs(path: Path, environment, folder):
     if path.stem in NEEDS:
         pytest.importorskip(NEEDS[path.stem])
     if path.stem == IN_A_PROCESS_OF_ITS_OWN:
-        environment = os.environ | converted | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "envs")])}
+        whole = os.environ | environment | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "envs")])}
         command = [sys.executable, str(path), "1"]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, env=whole, capture_output=True, text=True)
         code, errors = done.returncode, done.stderr
     else:
-        forked = rlalign(tmp_path, str(path), "1", environment=converted)
+        forked = rlalign(folder, str(path), "1", environment=environment)
         code, errors = forked.code, forked.err
     assert code == 0, errors[-3000:]
-    runs = list(tmp_path.glob("runs/*"))
+    runs = list(folder.glob("runs/*"))
     assert len(runs) == 1
     if (runs[0] / "status.json").exists():  # TRL keeps a directory of its own kind
         assert json.loads((runs[0] / "status.json").read_text())["status"] == "done"

@@ -106,6 +106,19 @@ def test_a_reward_in_a_process_of_its_own_changes_nothing(workshop, undisturbed)
     assert_same_run(undisturbed[0], workshop / run)
 
 
+def test_the_budget_for_failing_rewards_resumes_too(workshop):
+    """Errors stop a run in its first batch and are tolerated later: a resumed run is past its first batch."""
+    reward = "rewards.0.function=rewards.py:stumbles"
+    assert rlalign(workshop, "train", "tiny.yaml", reward, "--run-dir", "stumbles").code == 0
+    killed = ("train", "tiny.yaml", reward, "--run-dir", "stumbles-killed")
+    assert rlalign(workshop, *killed, faults=[fault("rollout", 6)]).code == -9
+    resumed = rlalign(workshop, "resume", "stumbles-killed")
+    assert resumed.code == 0, resumed.err
+    assert_same_run(workshop / "stumbles", workshop / "stumbles-killed")
+    failed = [r["reward/error_frac"] for r in read(workshop / "stumbles/metrics.jsonl") if r["kind"] == "train"]
+    assert failed == [0.0, 0.0, 0.0, 1 / 16, 1 / 16, 1 / 16]
+
+
 def test_an_adapter_and_a_reference_resume_too(workshop):
     settings = (
         "method=policy_gradient",

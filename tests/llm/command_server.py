@@ -1,8 +1,9 @@
 """Forks one process per `rlalign` command, so that many commands cost the imports of one; kills and disturbs on order.
 
 Requests are JSON lines on stdin: `argv` (of `rlalign`, or of a Python script that comes first), `cwd`, `environment`,
-`stdout` and `stderr` (files), `counts` (a file or null) and `faults`, a list of `{"at": point, "nth": n, "do": what, "after": bool}`. The answer is a line with the exit code, negative for a
-signal. The children are processes like any other: they hold the run's lock, get signals and die of SIGKILL.
+`stdout` and `stderr` (files), `counts` (a file or null) and `faults`, a list of `{"at": point, "nth": n, "do": what,
+"after": bool}`. The answer is a line with the exit code, negative for a signal. The children are processes like any
+other: they hold the run's lock, get signals and die of SIGKILL.
 """
 
 import errno
@@ -17,6 +18,8 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 POINTS = {
     "token": ("rlalign.llm.generate", "", "sample_tokens"),
@@ -33,16 +36,13 @@ POINTS = {
 }
 """Where a fault can strike: module, class or nothing, function. `file` besides: file operations inside a save."""
 FILE_EVENTS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove"}
-LONGEST_SECONDS = 100
+LONGEST_SECONDS = 240
 
 
 def main() -> None:
     importlib.import_module("rlalign.llm.run")
     for module, _, _ in POINTS.values():
         importlib.import_module(module)
-    import torch
-
-    torch.set_num_threads(1)
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -60,6 +60,7 @@ def become(request: dict[str, Any]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         redirect(request)
         os.environ.update(request["environment"])
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         counts = arrange(request["faults"])
         code = command(request["argv"])
         if request["counts"]:

@@ -18,6 +18,11 @@ def even_length(completions, **columns):
     return [float(len(text) % 2 == 0) for text in completions]
 
 
+def stumbles(completions, trainer_state, **columns):
+    values = even_length(completions)
+    return [float("nan"), *values[1:]] if trainer_state.global_step > 2 else values
+
+
 def constant(completions, **columns):
     return [1.0 for _ in completions]
 
@@ -53,7 +58,7 @@ rewards:
   - function: rewards.py:even_length
 guard: {{isolation: none}}
 rollout: {{prompts_per_step: 4, group_size: 4, max_completion_tokens: 6}}
-optim: {{learning_rate: 0.01, warmup_steps: 2, update_epochs: 2, minibatches: 2}}
+optim: {{learning_rate: 0.01, warmup_steps: 2, schedule: linear, update_epochs: 2, minibatches: 2}}
 eval: {{every: 3, temperature: 1.0}}
 checkpoint: {{every: 2}}
 log: {{samples_every: 1}}

@@ -113,11 +113,18 @@ def test_own_temperature_and_own_random_numbers(make):
     first, second = hot.evaluator.run(), hot.evaluator.run()
     assert first == second == again.evaluator.run()
     assert first[1] != cold.evaluator.run()[1]
-    # No completion of the first training step shares its random numbers with a held-out one.
-    same = make(length, prompts=HELD_OUT, rollout={"temperature": 1.3, "max_completion_tokens": 9})
-    trained = {tuple(ids) for ids in same.collect().inputs["completion_ids"].value.tolist()}
-    texts = {same.tokenizer.decode(list(ids), skip_special_tokens=True) for ids in trained}
-    assert not texts & {row["completion"] for row in first[1]}
+
+
+def test_held_out_sampling_shares_no_random_numbers_with_training(make):
+    """The same only prompt, the same first place, the same temperature: still another completion."""
+    options = {"prompts_per_step": 1, "temperature": 1.3, "max_completion_tokens": 9}
+    prompt, held_out = ["say 3"], {"temperature": 1.3, "max_completion_tokens": 9}
+    trainer = make(length, prompts=prompt, eval_dataset=prompt, rollout=options, eval=held_out)
+    evaluated = trainer.evaluator.run()[1][0]["completion"]
+    for step in range(3):
+        trainer.step = step
+        rows = trainer.collect().inputs["completion_ids"].value.tolist()
+        assert evaluated not in [trainer.tokenizer.decode(ids, skip_special_tokens=True) for ids in rows]
 
 
 def test_nucleus_of_nothing_but_the_top_token_is_greedy(make):

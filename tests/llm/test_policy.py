@@ -276,7 +276,7 @@ def test_the_reference_of_an_adapted_model_is_the_model_without_it_only_if_it_st
     assert trainable
 
 
-def test_trained_biases_keep_an_adapter_from_being_switched_off(build, tiny_tokenizer):
+def test_trained_biases_keep_an_adapter_from_being_switched_off(build):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=259, **sizes, attention_bias=True, initializer_range=0.2)).eval()
@@ -336,6 +336,18 @@ def test_sampling_and_scoring_agree_at_the_temperature_of_the_rollout(build):
     torch.testing.assert_close(policy.score(rollout, policy.forward), sampled.log_prob, rtol=0, atol=1e-4)
 
 
+def test_stop_texts_end_completions_like_end_tokens(build, tiny_tokenizer):
+    policy = build(rollout={"stop": ["\n", "z"]})
+    newline, z = (tiny_tokenizer(text)["input_ids"][0] for text in "\nz")
+    assert policy.end_ids == (tiny_tokenizer.eos_token_id, newline, z)
+    noise = torch.rand(100, 12, generator=torch.Generator().manual_seed(0))
+    got = policy.sample([[5, 6, 7]], group_size=100, max_new_tokens=12, temperature=1.0, uniforms=noise)
+    last = got.ids.gather(1, got.lengths[:, None] - 1).squeeze(1)
+    assert set(last[~got.truncated].tolist()) == {tiny_tokenizer.eos_token_id, newline, z}
+    with pytest.raises(ConfigError, match=r"`rollout.stop` takes texts of one token; 'ab' is 2 tokens"):
+        build(rollout={"stop": ["ab"]})
+
+
 # Dropout, checkpointing, state.
 
 
@@ -349,6 +361,8 @@ def with_dropout() -> GPT2LMHeadModel:
 
 
 def test_dropout_is_silent_in_scoring_whatever_mode_the_model_came_in(build, tiny_model):
+    for layer in tiny_model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
     for model in (with_dropout().train(), tiny_model.train()):
         for checkpointing in (False, True):
             policy = build(model, model={"name": "x", "device": "cpu", "gradient_checkpointing": checkpointing})
@@ -372,7 +386,7 @@ def test_every_kind_of_dropout_is_silenced():
 
 
 @pytest.mark.parametrize("peft", [None, LORA])
-def test_state_holds_what_trains_and_the_chosen_packing(build, tiny_tokenizer, peft):
+def test_state_holds_what_trains_and_the_chosen_packing(build, peft):
     policy = build(cohere(0.25), peft=peft)
     policy.complete(ragged())
     state = policy.state_dict()
@@ -391,6 +405,15 @@ def test_state_holds_what_trains_and_the_chosen_packing(build, tiny_tokenizer, p
     torch.testing.assert_close(policy.score(ragged(), policy.scorer), scores, rtol=0, atol=0)
     if peft is None:
         torch.testing.assert_close(other.score(ragged(), other.scorer), scores, rtol=0, atol=0)
+
+
+def test_a_resumed_policy_packs_as_the_saved_one_did(build):
+    saved = build()
+    assert saved.state_dict()["packing"] is None
+    saved.complete(ragged())
+    resumed = build()
+    resumed.load_state_dict(saved.state_dict())
+    assert resumed.packing == resumed.scorer.packing == "prefix_shared"
 
 
 def test_state_of_another_model_is_refused(build):
@@ -413,10 +436,6 @@ def test_what_cannot_be_built_is_refused_by_name(build, tiny_model, tiny_tokeniz
     assert isinstance(adapted, PeftModel)
     with pytest.raises(ValueError, match="already carries an adapter"):
         build(adapted, peft=LORA)
-
-
-def test_settings_of_the_config_and_an_argument_both_make_adapters(build, tiny_model, tiny_tokenizer):
-    assert isinstance(build(peft=LORA).model, PeftModel)
 
 
 def test_an_adapter_given_as_an_argument_wins_over_the_config(build):
