@@ -33,14 +33,21 @@ def main() -> None:
         runs = [train(args.config, seed, args.overrides, Path(scratch) / f"seed-{seed}") for seed in range(args.seeds)]
     packages = {name: version(name) for name in ("torch", "transformers", "rlalign")}
     machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
-    result = {"config": args.config, "overrides": args.overrides, "versions": packages, "machine": machine, "runs": runs}
+    result = {
+        "config": args.config,
+        "overrides": args.overrides,
+        "versions": packages,
+        "machine": machine,
+        "runs": runs,
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     draw(runs, args.out.with_suffix(".png"))
     for run in runs:
         print(
-            f"seed {run['seed']}: {run['before']:.1%} (best of {len(run['phrasings'])} phrasings) -> {run['after']:.1%}, "
-            f"gain {run['gain']:+.1%} [{run['gain_low']:+.1%}, {run['gain_high']:+.1%}] on {run['problems']} problems, "
+            f"seed {run['seed']}: {run['before']:.1%} (best of {len(run['phrasings'])} phrasings) -> "
+            f"{run['after']:.1%}, gain {run['gain']:+.1%} [{run['gain_low']:+.1%}, {run['gain_high']:+.1%}] "
+            f"on {run['problems']} problems, "
             f"{run['seconds'] / 60:.1f} min: {'passed' if run['passed'] else 'MISSED'}"
         )
     sys.exit(0 if all(run["passed"] for run in runs) else 1)

@@ -105,8 +105,8 @@ def _context_notes(cfg: PolicyGradientConfig, model: Mapping[str, Any]) -> list[
     if window is None or longest < window:
         return []
     return [
-        f"`rollout.max_completion_tokens`={longest} leaves no room for a prompt in the model's context of {window} tokens: "
-        "long completions will leave what it was trained on"
+        f"`rollout.max_completion_tokens`={longest} leaves no room for a prompt in the model's context of {window} "
+        "tokens: long completions will leave what it was trained on"
     ]
 
 
