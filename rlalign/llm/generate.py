@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from rlalign.llm.prepacked import prepacked
+
 SHORTEST_SHARED = 8
 """Fewer tokens in common are not worth a forward pass of their own."""
 
@@ -114,21 +116,22 @@ def generate_groups(
     training = model.training
     model.eval()
     try:
-        for start in range(0, len(prompts), per_batch):
-            chunk = prompts[start : start + per_batch]
-            span = slice(start * group_size, (start + len(chunk)) * group_size)
-            noise = uniforms[span].to(device) if uniforms is not None and temperature > 0 else None
-            state = _Decode(model, chunk, group_size=group_size, pad_id=pad_id)
-            for step in range(max_new_tokens):
-                picked = None if noise is None else noise[state.rows, step]
-                token, token_log_prob = sample_tokens(state.logits, picked, temperature=temperature, top_p=top_p)
-                at = state.rows + span.start
-                ids[at, step], log_prob[at, step], lengths[at] = token, token_log_prob, step + 1
-                stop = torch.isin(token, ends)
-                ended[at] = stop
-                if step + 1 == max_new_tokens or bool(stop.all()):
-                    break
-                state.advance(token, keep=~stop)
+        with prepacked(model, rows=min(rows, per_batch * group_size), steps=max_new_tokens):
+            for start in range(0, len(prompts), per_batch):
+                chunk = prompts[start : start + per_batch]
+                span = slice(start * group_size, (start + len(chunk)) * group_size)
+                noise = uniforms[span].to(device) if uniforms is not None and temperature > 0 else None
+                state = _Decode(model, chunk, group_size=group_size, pad_id=pad_id)
+                for step in range(max_new_tokens):
+                    picked = None if noise is None else noise[state.rows, step]
+                    token, token_log_prob = sample_tokens(state.logits, picked, temperature=temperature, top_p=top_p)
+                    at = state.rows + span.start
+                    ids[at, step], log_prob[at, step], lengths[at] = token, token_log_prob, step + 1
+                    stop = torch.isin(token, ends)
+                    ended[at] = stop
+                    if step + 1 == max_new_tokens or bool(stop.all()):
+                        break
+                    state.advance(token, keep=~stop)
     finally:
         model.train(training)
     if bool(log_prob.isnan().any()):

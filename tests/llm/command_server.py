@@ -69,6 +69,7 @@ def become(request: dict[str, Any]) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing may unwind into the server's loop from here
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

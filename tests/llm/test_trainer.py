@@ -147,13 +147,15 @@ def test_a_grpo_update_is_the_policy_gradient_under_every_aggregation(make, aggr
     assert largest_difference(weights(model), expected) > 1e-5
 
 
-@pytest.mark.parametrize("mask_truncated", [False, True])
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize(
+    ("aggregation", "mask_truncated"),
+    [("token", True), ("sequence_mean", True), ("sequence_sum", False), ("constant", False), ("group", False)],
+)
 def test_micro_batches_change_nothing(make, tiny_model, aggregation, mask_truncated):
     """Budgets below one completion, below one prompt and above everything."""
     ends_early(tiny_model)
     found = []
-    for budget in (1, 14, 60, 8192):
+    for budget in (1, 14, 8192):
         options = {"group_size": 6, "mask_truncated": mask_truncated}
         trainer = make(thirds, aggregation=aggregation, optim={"micro_batch_tokens": budget}, rollout=options)
         before = weights(trainer.policy.model)
