@@ -29,6 +29,14 @@ __all__ = [
 METHODS = {
     "bnpo": "rlalign.llm.config:BNPOConfig",
     "policy_gradient": "rlalign.llm.config:PolicyGradientConfig",
+    "ppo": "rlalign.agents.config:PPOConfig",
+    "trpo": "rlalign.agents.config:TRPOConfig",
+    "policy_gradient_agent": "rlalign.agents.config:GroupConfig",
+    "hnpg": "rlalign.agents.config_hybrid:HNPGConfig",
+    "odice": "rlalign.agents.config_offline:ODICEConfig",
+    "bc": "rlalign.agents.config_offline:BCConfig",
+    "iql": "rlalign.agents.config_offline:IQLConfig",
+    "td3_bc": "rlalign.agents.config_offline:TD3BCConfig",
 }
 """Method name -> its config class. The package before `.config` has the `run` module that carries the method out."""
 

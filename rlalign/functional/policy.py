@@ -26,6 +26,7 @@ __all__ = [
     "sequence_ratio",
     "sequence_token_ratio",
     "truncated_correction",
+    "weighted_bc",
 ]
 
 
@@ -178,6 +179,33 @@ def sapo(
     return -advantages * torch.sigmoid(tau * (bounded_ratio(log_ratio) - 1)) * 4 / tau
 
 
+def weighted_bc(log_prob: Float[Tensor, "*#shape"], weights: Float[Tensor, "*#shape"]) -> Float[Tensor, "*#shape"]:
+    """Imitate recorded decisions, each as much as its weight says: weighted behaviour cloning.
+
+        L = -w log π(a|s),   w >= 0 and held fixed
+
+    Args:
+        log_prob: Log-probability of the recorded decision under the policy being trained, in nats.
+        weights: 1 is plain behaviour cloning; detached here.
+
+    Returns:
+        Objective per decision.
+
+    Raises:
+        ValueError: The weights have other dimensions than the log-probabilities.
+
+    Example:
+        >>> weighted_bc(torch.tensor([-0.5, -2.0]), torch.tensor([3.0, 0.0]))
+        tensor([1.5000, 0.0000])
+
+    Reference:
+        Peng et al. 2019 (arXiv:1910.00177), eq. 9, with exponentiated advantages; Mao et al. 2024 (arXiv:2402.00348)
+        with ratios of distributions.
+    """
+    _check_dimensions(log_prob, weights, "weights")
+    return -weights.detach() * log_prob
+
+
 def clip_fractions(
     log_ratio: Float[Tensor, "batch #time"],
     advantages: Float[Tensor, "batch time"],
@@ -214,10 +242,10 @@ def clip_fractions(
     return masked_mean(low.to(ratio.dtype), mask), masked_mean(high.to(ratio.dtype), mask)
 
 
-def _check_dimensions(per_decision: Tensor, advantages: Tensor) -> None:
+def _check_dimensions(per_decision: Tensor, advantages: Tensor, name: str = "advantages") -> None:
     # [T] advantages would broadcast over [B, T] without an error whenever B = T.
     if per_decision.ndim != advantages.ndim:
         raise ValueError(
-            f"advantages {list(advantages.shape)} do not line up with log-probabilities {list(per_decision.shape)}; "
-            "give every decision its rollout's advantage with `masked.spread(advantages, mask)`."
+            f"{name} {list(advantages.shape)} do not line up with log-probabilities {list(per_decision.shape)}; "
+            f"give every decision its rollout's own with `masked.spread({name}, mask)`."
         )

@@ -108,6 +108,8 @@ class Transformers:
 
     __pydantic_config__ = STRICT
     type: Literal["transformers"] = "transformers"
+    prepack: bool = True
+    """Float32 on a CPU only: hold a second copy of the weights while sampling, in an order that decodes faster."""
 
 
 @dataclass(frozen=True, kw_only=True)

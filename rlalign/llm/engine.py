@@ -64,6 +64,7 @@ def build_engine(cfg: EngineConfig, here: "TransformersEngine", accelerator: Acc
     """The engine a config names; `here` is the one inside this process."""
     match cfg:
         case Transformers():
+            here.prepack = cfg.prepack
             return here
         case VLLMServer():
             return VLLMServerEngine(cfg, accelerator)
@@ -78,6 +79,7 @@ class TransformersEngine:
 
     def __init__(self, model: Model, accelerator: Accelerator):
         self.model, self.accelerator = model, accelerator
+        self.prepack = True
 
     def prepare(self) -> None:
         """Nothing to do: the model is here."""
@@ -89,7 +91,7 @@ class TransformersEngine:
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> Generations:
         """See `generate_groups`, which takes the options; `top_p` among them, for evaluation."""
         with self.accelerator.autocast():
-            return generate_groups(base_model(self.model), prompts, **options)
+            return generate_groups(base_model(self.model), prompts, prepack=self.prepack, **options)
 
 
 class VLLMServerEngine:

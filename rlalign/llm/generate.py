@@ -81,6 +81,7 @@ def generate_groups(
     top_p: float = 1.0,
     uniforms: Float[Tensor, "rows time"] | None = None,
     decode_rows: int | None = None,
+    prepack: bool = True,
 ) -> Generations:
     """Sample `group_size` completions of every prompt.
 
@@ -96,6 +97,7 @@ def generate_groups(
             so anything below 1 makes them wrong for training.
         uniforms: One number in [0, 1) per row and token; rows are ordered by prompt, then member.
         decode_rows: Most rows decoded at once; whole groups, at least one.
+        prepack: Reorder float32 weights on a CPU for faster decoding, where there is anything to gain.
 
     Raises:
         ValueError: A prompt is empty, `uniforms` is missing or of another shape, or the model gives NaN.
@@ -116,7 +118,7 @@ def generate_groups(
     training = model.training
     model.eval()
     try:
-        with prepacked(model, rows=min(rows, per_batch * group_size), steps=max_new_tokens):
+        with prepacked(model, rows=min(rows, per_batch * group_size), steps=max_new_tokens * prepack):
             for start in range(0, len(prompts), per_batch):
                 chunk = prompts[start : start + per_batch]
                 span = slice(start * group_size, (start + len(chunk)) * group_size)

@@ -86,7 +86,7 @@ class MultiCategorical(nn.Module):
 
     def __init__(self, counts: Sequence[int]):
         super().__init__()
-        self.parts = nn.ModuleList(Categorical(count) for count in counts)
+        self.parts = [Categorical(count) for count in counts]
         self.counts, self.size = list(counts), sum(counts)
 
     def forward(self, outputs: Params) -> Params:

@@ -14,6 +14,7 @@ from rlalign.functional.policy import (
     reinforce,
     sapo,
     sequence_ratio,
+    weighted_bc,
 )
 from tests.reference import objectives as reference
 
@@ -114,6 +115,21 @@ def test_sapo_fades_out_on_both_sides():
     assert slope[1].item() == pytest.approx(1.0)
     assert slope[0].item() < 0.25
     assert slope[2].item() < 1e-4
+
+
+def test_weighted_imitation_matches_hand_arithmetic():
+    log_prob = f64([-0.5, -2.0, -1.0]).requires_grad_()
+    loss = weighted_bc(log_prob, f64([3.0, 0.0, 1.0]))
+    assert loss.tolist() == [1.5, 0.0, 1.0]
+    loss.sum().backward()
+    assert log_prob.grad.tolist() == [-3.0, 0.0, -1.0]
+
+
+def test_weights_of_imitation_carry_no_gradient():
+    """Trap: weights that depend on a value function would train it through the policy's loss."""
+    weights = f64([2.0]).requires_grad_()
+    weighted_bc(f64([-1.0]).requires_grad_(), weights).sum().backward()
+    assert weights.grad is None
 
 
 def test_clip_fractions_match_hand_arithmetic():
@@ -303,3 +319,8 @@ def test_options_out_of_range_are_refused(options, sentence):
 def test_gates_need_positive_temperatures():
     with pytest.raises(ValueError, match="gate temperatures must be > 0"):
         sapo(f64([[0.0]]), f64([[1.0]]), tau_negative=0.0)
+
+
+def test_weights_of_two_critics_do_not_broadcast_over_the_batch():
+    with pytest.raises(ValueError, match=r"weights \[2, 2\] do not line up with log-probabilities \[2\]"):
+        inspect.unwrap(weighted_bc)(f64([-1.0, -1.0]), f64([[1.0, 0.0], [1.0, 0.0]]))

@@ -1,0 +1,373 @@
+"""The public surface that all agents share: train, predict, evaluate, save, load, resume."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from rlalign import config as config_files
+from rlalign.agents.config import AgentConfig
+from rlalign.agents.envs import Array, Environments, make_environments
+from rlalign.agents.evaluate import Evaluator, summary
+from rlalign.agents.keywords import config_from_keywords
+from rlalign.agents.spaces import Observation
+from rlalign.config import ConfigError
+from rlalign.config_schema import hints_of
+from rlalign.training.journal import Journal
+from rlalign.training.seeding import derived_seed, generator, rng_state, seed_everything, set_rng_state
+from rlalign.training.session import Session
+from rlalign.training.state_tree import decode, encode
+from rlalign.training.stopwatch import Stopwatch
+
+AnyAgent = TypeVar("AnyAgent", bound="Agent")
+Metrics = dict[str, float]
+SETTINGS, WEIGHTS = "agent.json", "agent.safetensors"
+
+
+class Agent:
+    """A policy that learns from environments, from data, or from both.
+
+    A subclass says how one iteration goes (`iterate`), what it consists of (`parts`) and what it learned (`learned`);
+    everything around that is here.
+
+    Args:
+        env: A Gymnasium id (`CartPole-v1`, `module:Id-v0`), or a vector environment. Some agents need none.
+        dataset: Offline transitions, for the agents that learn from them.
+        seed: Decides weights, episodes and samples.
+        run_dir: Where the run's files go; by default `runs/<method>`, with a number when that exists.
+        callback: Called after every iteration with the clock and the metrics.
+        config: Settings; see `rlalign.agents.config`. `learning_rate=1e-4` finds `optim.learning_rate`.
+
+    Raises:
+        ConfigError: A setting is unknown, of the wrong kind, or contradicts another.
+    """
+
+    config_class: ClassVar[type[AgentConfig]]
+    needs_env: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        env: str | VectorEnv | None = None,
+        *,
+        dataset: Any = None,
+        seed: int = 0,
+        run_dir: str | Path | None = None,
+        callback: Callable[[int, Metrics], None] | None = None,
+        **config: Any,
+    ):
+        given = {"env": env} if isinstance(env, str) else {}
+        settings = config_from_keywords(self.config_class, {**given, **config, "seed": seed, **_dataset(dataset)})
+        self._begin(settings, env if isinstance(env, gym.vector.VectorEnv) else None, dataset, run_dir, callback, None)
+
+    @classmethod
+    def from_config(
+        cls: type[AnyAgent],
+        config: AgentConfig,
+        *,
+        env: VectorEnv | None = None,
+        run_dir: str | Path | None = None,
+        config_text: str | None = None,
+    ) -> AnyAgent:
+        """Build an agent from a validated config, as `rlalign train` does."""
+        agent = cls.__new__(cls)
+        agent._begin(config, env, None, run_dir, None, config_text)
+        return agent
+
+    def _begin(
+        self,
+        config: Any,
+        vector: VectorEnv | None,
+        dataset: Any,
+        run_dir: str | Path | None,
+        callback: Callable[[int, Metrics], None] | None,
+        config_text: str | None,
+    ) -> None:
+        self.config, self.callback, self.run_dir, self.config_text = config, callback, run_dir, config_text
+        self.dataset, self.foreign = dataset, vector is not None
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        seed_everything(config.seed)
+        self.environments = self._environments(vector)
+        self.clock_watch = Stopwatch()
+        self.acting = generator(config.seed, "acting")
+        self.step, self.iteration = 0, 0
+        self.build()
+        self.evaluator = Evaluator(
+            self._evaluation_environments(), self.decide, config.eval, seed=derived_seed(config.seed, "evaluation")
+        )
+
+    # ------------------------------------------------------------------------------------- what a subclass answers
+
+    def build(self) -> None:
+        """Make networks, optimizers and buffers."""
+        raise NotImplementedError
+
+    def iterate(self) -> Metrics:
+        """One pass of the algorithm: advance `self.step` and return what is worth knowing."""
+        raise NotImplementedError
+
+    def decide(
+        self, observation: Observation, info: Mapping[str, Any], *, random: torch.Generator | None
+    ) -> tuple[Array, dict[str, Array]]:
+        """Actions for a batch of observations (the most probable ones without `random`), and what is known of them."""
+        raise NotImplementedError
+
+    def learned(self) -> dict[str, Any]:
+        """Weights and statistics: what acting needs."""
+        raise NotImplementedError
+
+    def load_learned(self, state: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+    def optimizers(self) -> dict[str, Any]:
+        """Name -> whatever keeps the state of optimization."""
+        raise NotImplementedError
+
+    def progress(self) -> dict[str, Any]:
+        """Name -> object with `state_dict`, beyond weights and optimizers: collector, buffers, schedules."""
+        return {}
+
+    @property
+    def total(self) -> int:
+        """Where the clock ends."""
+        return self.config.total_env_steps
+
+    # ---------------------------------------------------------------------------------------------------- training
+
+    def fit(
+        self: AnyAgent,
+        *,
+        total_env_steps: int | None = None,
+        total_updates: int | None = None,
+        resume: bool = False,
+    ) -> AnyAgent:
+        """Train; see `steps`."""
+        for _ in self.steps(total_env_steps=total_env_steps, total_updates=total_updates, resume=resume):
+            pass
+        return self
+
+    def steps(
+        self, *, total_env_steps: int | None = None, total_updates: int | None = None, resume: bool = False
+    ) -> Iterator[Metrics]:
+        """Train iteration by iteration, yielding metrics, for code of yours that looks or acts in between.
+
+        Args:
+            total_env_steps: Train until this many decisions were made (agents that use an environment).
+            total_updates: Train until this many updates were made (agents that learn from data alone).
+            resume: Continue from the newest intact checkpoint of `run_dir`.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; the iteration was finished and saved.
+            TrainingDiverged: Gradients stayed NaN or infinite beyond `optim.nonfinite_budget`.
+            EnvironmentFault: The environment broke its contract.
+        """
+        self._set_total(total_env_steps, total_updates)
+        session = self._session()
+        with session.open(self, resume=resume) as journal:
+            if self.config.eval.before and self.step == 0:
+                self.evaluator.record(0, journal)
+            while self.step < self.total and not self.evaluator.out_of_patience:
+                before = self.step
+                self.clock_watch.restart()
+                metrics = self.iterate()
+                self.iteration += 1
+                metrics |= self._timing(before)
+                if self.iteration % self.config.log.every == 0 or self.step >= self.total:
+                    journal.train(self.step, metrics)
+                if self.callback is not None:
+                    self.callback(self.step, metrics)
+                yield metrics
+                if self.evaluator.due(before, self.step):
+                    self.evaluator.record(self.step, journal)
+                session.after_step(self)
+            self._finish(journal, session)
+
+    def _finish(self, journal: Journal, session: Session) -> None:
+        self.evaluator.record(self.step, journal)
+        if self.config.eval.video and self.environments is not None and not self.foreign:
+            from rlalign.agents.video import film
+
+            journal.notes(film(self, session.path / "media"))
+        session.finish(self)
+
+    def _timing(self, before: int) -> Metrics:
+        timing = self.clock_watch.lap()
+        unit = "env_steps" if "total_env_steps" in hints_of(type(self.config)) else "updates"
+        return timing | {f"throughput/{unit}_per_s": (self.step - before) / max(timing["time/step_s"], 1e-9)}
+
+    # ------------------------------------------------------------------------------------------ acting and measuring
+
+    def predict(self, observation: Observation, *, deterministic: bool = True) -> tuple[Any, dict[str, Any]]:
+        """Act on one observation, or on a batch of them.
+
+        Returns:
+            The action as the environment takes it (a batch of them for a batch), and a dict with `log_prob` and, for
+            agents with a critic, `value`.
+        """
+        space = self.observation_space
+        single = _is_single(space, observation)
+        batch = _batched(observation) if single else observation
+        actions, info = self.decide(batch, {}, random=None if deterministic else self.acting)
+        if not single:
+            return actions, info
+        return actions[0], {name: value[0] for name, value in info.items()}
+
+    def evaluate(self, episodes: int | None = None) -> Metrics:
+        """Play whole episodes with frozen statistics: mean return, standard error, 95 % bootstrap interval.
+
+        Raises:
+            ConfigError: There is no environment to play in.
+        """
+        if self.evaluator.environments is None:
+            raise ConfigError("there is no environment to evaluate in: set `env.id`, or pass `env=`.")
+        return summary(*self.evaluator.play(episodes or self.config.eval.episodes))
+
+    # --------------------------------------------------------------------------------------------- keeping and coming back
+
+    def save(self, path: str | Path) -> None:
+        """Write config, weights and statistics as JSON and safetensors; `load` reads them."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        tree, tensors = encode(self.learned())
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+        settings = {"config": config_files.dump(self.config), "step": self.step, "learned": tree}
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+    save_model = save
+    """What a session calls at the end of a run."""
+
+    @classmethod
+    def load(cls: type[AnyAgent], path: str | Path, *, env: VectorEnv | None = None) -> AnyAgent:
+        """Bring a saved agent back, ready to predict, evaluate or train on.
+
+        Args:
+            path: What `save` wrote, or a run directory.
+            env: For an agent that was made with a vector environment of yours.
+
+        Raises:
+            ConfigError: There is no agent, or it is one of another class.
+        """
+        folder = Path(path) / "model" if (Path(path) / "model" / SETTINGS).is_file() else Path(path)
+        if not (folder / SETTINGS).is_file():
+            raise ConfigError(f"{path} holds no agent: there is no {SETTINGS} in it.")
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        config = config_files.build(settings["config"], source=str(folder / SETTINGS))
+        if not isinstance(config, cls.config_class):
+            raise ConfigError(f"{path} holds an agent of method {settings['config']['method']!r}, not {cls.__name__}.")
+        agent = cls.from_config(config, env=env)
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        agent.load_learned(decode(settings["learned"], tensors))
+        agent.step = settings["step"]
+        return agent
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next iteration depends on."""
+        return {
+            "model": self.learned(),
+            "optimizer": {name: part.state_dict() for name, part in self.optimizers().items()},
+            "trainer": {
+                "step": self.step,
+                "iteration": self.iteration,
+                "evaluator": self.evaluator.state_dict(),
+                **{name: part.state_dict() for name, part in self.progress().items()},
+            },
+            "rng": rng_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` took."""
+        self.load_learned(state["model"])
+        for name, part in self.optimizers().items():
+            part.load_state_dict(state["optimizer"][name])
+        trainer = state["trainer"]
+        self.step, self.iteration = trainer["step"], trainer["iteration"]
+        self.evaluator.load_state_dict(trainer["evaluator"])
+        for name, part in self.progress().items():
+            part.load_state_dict(trainer[name])
+        set_rng_state(state["rng"])
+
+    # --------------------------------------------------------------------------------------------------------- pieces
+
+    @property
+    def observation_space(self) -> gym.Space:
+        assert self.environments is not None
+        return self.environments.observation_space
+
+    @property
+    def action_space(self) -> gym.Space:
+        assert self.environments is not None
+        return self.environments.action_space
+
+    def random(self, *keys: int | str) -> torch.Generator:
+        """Random numbers that are a function of (seed, keys, iteration)."""
+        return generator(self.config.seed, *keys, self.iteration)
+
+    def _environments(self, vector: VectorEnv | None) -> Environments | None:
+        if vector is not None:
+            name = vector.spec.id if vector.spec is not None else type(vector).__name__
+            return Environments(vector, name=name, seed=derived_seed(self.config.seed, "env"))
+        if self.config.env.id:
+            return make_environments(self.config.env, seed=self.config.seed)
+        if self.needs_env:
+            raise ConfigError(f"{type(self).__name__} needs an environment: set `env.id`, or pass `env=`.")
+        return None
+
+    def _evaluation_environments(self) -> Environments | None:
+        if not self.config.env.id:
+            return None
+        cfg = replace(self.config.env, vectorization="sync")
+        return make_environments(cfg, seed=self.config.seed, num_envs=self.config.eval.num_envs, role="evaluation")
+
+    def _session(self) -> Session:
+        config = self.config
+        resolved = config_files.dump(config)
+        session = Session(
+            self.run_dir,
+            name=config.method,
+            config_text=self.config_text or f"# Started from Python.\n{json.dumps(resolved, indent=2)}\n",
+            resolved=resolved,
+            total_steps=self.total,
+            save_every=config.checkpoint.every,
+            keep=config.checkpoint.keep,
+            trackers=tuple(config.log.trackers),
+            project=config.log.project,
+        )
+        if self.foreign or self.dataset is not None:
+            session.resume_with = f"the same script with run_dir={str(session.path)!r} and fit(resume=True)"
+        return session
+
+    def _set_total(self, total_env_steps: int | None, total_updates: int | None) -> None:
+        given = {"total_env_steps": total_env_steps, "total_updates": total_updates}
+        for name, value in given.items():
+            if value is None:
+                continue
+            if name not in hints_of(type(self.config)):
+                other = next(key for key in given if key != name)
+                raise ConfigError(f"{type(self).__name__} counts `{other}`, not `{name}`.")
+            self.config = replace(self.config, **{name: value})
+
+
+def _dataset(dataset: Any) -> dict[str, Any]:
+    return {"dataset": str(dataset)} if isinstance(dataset, str | Path) else {}
+
+
+def _is_single(space: gym.Space, observation: Observation) -> bool:
+    if isinstance(space, gym.spaces.Dict):
+        name, part = next(iter(space.spaces.items()))
+        return np.ndim(observation[name]) == len(part.shape or ())
+    return np.ndim(observation) == len(space.shape or ())
+
+
+def _batched(observation: Observation) -> Observation:
+    if isinstance(observation, Mapping):
+        return {name: np.asarray(value)[None] for name, value in observation.items()}
+    return np.asarray(observation)[None]

@@ -1,0 +1,100 @@
+"""Adam over an agent's networks: schedule, clipping, finite check, and Normalize-and-Project behind each step."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlalign.agents.config import AgentOptimConfig, NormalizeAndProject
+from rlalign.nn.nap import Projector
+from rlalign.optim.flat import FlatParameters
+from rlalign.optim.step import SkipBudget, TrainingDiverged, set_learning_rate
+from rlalign.training.schedules import lr_scale
+
+PROGRESS_TICKS = 10_000
+"""Resolution of the schedule, which counts progress rather than steps."""
+
+
+class AgentOptimizer:
+    """One Adam over all trainable parameters of `module`, which share one flat buffer: a step costs one kernel."""
+
+    def __init__(self, module: nn.Module, cfg: AgentOptimConfig, *, nap: NormalizeAndProject | None):
+        self.cfg, self.module = cfg, module
+        self.flat = FlatParameters(module)
+        options = {"lr": cfg.learning_rate, "betas": cfg.betas, "eps": cfg.eps}
+        fused = self.flat.parameter.device.type in ("cpu", "cuda")
+        if cfg.weight_decay:
+            options["weight_decay"] = cfg.weight_decay
+        self.adam = torch.optim.AdamW([self.flat.parameter], fused=fused, **options) if cfg.weight_decay else (
+            torch.optim.Adam([self.flat.parameter], fused=fused, **options)
+        )
+        self.projector = None if nap is None else Projector(module.parameters(), every=nap.every)
+        if self.projector is not None:
+            self.projector.attach(self.adam)
+        self.budget = SkipBudget(limit=cfg.nonfinite_budget)
+        self.updates = 0
+        self.learning_rate = cfg.learning_rate
+
+    def take_step(self, *, progress: float) -> torch.Tensor:
+        """Clip, check and apply the gradient; `progress` in [0, 1] places the learning rate on its schedule.
+
+        Returns:
+            The gradient's norm before clipping.
+
+        Raises:
+            TrainingDiverged: Gradients were not finite more often in a row than `optim.nonfinite_budget` allows.
+        """
+        self._schedule(progress)
+        norm = self.flat.clip(self.cfg.max_grad_norm)
+        if bool(norm.isfinite()):
+            self.adam.step()
+            self.budget.consecutive = 0
+        else:
+            self._skip()
+        self.flat.clear()
+        self.updates += 1
+        return norm
+
+    def _schedule(self, progress: float) -> None:
+        cfg = self.cfg
+        scale = lr_scale(
+            min(int(progress * PROGRESS_TICKS), PROGRESS_TICKS),
+            warmup_steps=0,
+            total_steps=PROGRESS_TICKS,
+            schedule=cfg.schedule,
+        )
+        if cfg.warmup_updates:
+            scale *= min(1.0, (self.updates + 1) / cfg.warmup_updates)
+        if cfg.learning_rate * scale != self.learning_rate:
+            self.learning_rate = cfg.learning_rate * scale
+            set_learning_rate(self.adam, self.learning_rate)
+
+    def _skip(self) -> None:
+        self.budget.consecutive += 1
+        self.budget.total += 1
+        if self.budget.consecutive > self.budget.limit:
+            bad = [name for name, p in self.module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            raise TrainingDiverged(
+                f"the gradient of `{bad[0] if bad else 'the norm'}` is NaN or infinite, {self.budget.consecutive} steps in "
+                f"a row ({self.budget.limit} allowed). The parameters are those of the last finite step. Lower "
+                "`optim.learning_rate`, and set `normalize.observations` or `normalize.rewards` where they are large."
+            )
+
+    def metrics(self) -> dict[str, float]:
+        found = {"optim/learning_rate": self.learning_rate, "optim/updates": float(self.updates)}
+        return found if self.projector is None else found | self.projector.metrics(self.learning_rate)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {"adam": self.adam.state_dict(), "budget": self.budget.state_dict(), "updates": self.updates}
+        return state | {"learning_rate": self.learning_rate} | self._projector_state()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.adam.load_state_dict(state["adam"])
+        self.budget.load_state_dict(state["budget"])
+        self.updates, self.learning_rate = state["updates"], state["learning_rate"]
+        if self.projector is not None:
+            self.projector.load_state_dict(state["projector"])
+
+    def _projector_state(self) -> dict[str, Any]:
+        return {} if self.projector is None else {"projector": self.projector.state_dict()}

@@ -1,0 +1,60 @@
+"""Film one episode for the report, where the environment can be drawn without a screen."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rlalign.agents.envs import make_environments
+from rlalign.training.seeding import generator
+
+if TYPE_CHECKING:
+    from rlalign.agents.agent import Agent
+
+LONGEST_S = 20.0
+"""Of the film; longer episodes are cut."""
+WIDEST = 480
+"""Pixels."""
+
+
+def film(agent: "Agent", folder: Path) -> list[str]:
+    """Write `folder/episode-STEP.gif` of one evaluation episode; return a note when there is nothing to film."""
+    try:
+        import imageio.v3 as iio
+
+        frames, fps = _frames(agent)
+    except ImportError as error:
+        return [f"No film of an episode: {error.name} is not installed. Run: pip install \"rlalign[agents]\""]
+    except Exception as error:  # drawing needs drivers and screens that training does not: never lose a run to it
+        return [f"No film of an episode: {type(error).__name__}: {error}"]
+    if not frames:
+        return ["No film of an episode: the environment draws nothing with render_mode='rgb_array'."]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"episode-{agent.step:09d}.gif"
+    iio.imwrite(path, np.stack(frames), duration=1000 / fps, loop=0)
+    return [f"Film of an episode: {path}"]
+
+
+def _frames(agent: "Agent") -> tuple[list[np.ndarray], float]:
+    envs = make_environments(agent.config.env, seed=agent.config.seed, num_envs=1, render=True, role="film")
+    random = None if agent.config.eval.deterministic else generator(agent.config.seed, "film")
+    try:
+        fps = min(float(envs.vector.metadata.get("render_fps") or 30), 30.0)
+        observation, frames = envs.reset(seeds=[agent.evaluator.seed % 2**30]), []
+        while len(frames) < LONGEST_S * fps:
+            drawn = envs.vector.render()
+            if not drawn or drawn[0] is None:
+                break
+            frames.append(_small(np.asarray(drawn[0])))
+            step = envs.step(agent.decide(observation, envs.info, random=random)[0])
+            if (step.terminated | step.truncated).any():
+                break
+            observation = step.observation
+    finally:
+        envs.close()
+    return frames, fps
+
+
+def _small(frame: np.ndarray) -> np.ndarray:
+    every = max(1, -(-frame.shape[1] // WIDEST))
+    return frame[::every, ::every]
