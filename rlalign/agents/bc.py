@@ -3,8 +3,7 @@
 import torch
 
 from rlalign.agents.config_offline import BCConfig
-from rlalign.agents.networks import normalized
-from rlalign.agents.offline_parts import Learner, Metrics, Policy, gradients, seeded, step
+from rlalign.agents.offline_parts import Learner, Metrics, Policy, gradients, ready, seeded, step
 from rlalign.agents.optimizer import AgentOptimizer
 from rlalign.buffers.transitions import Transitions
 from rlalign.functional.policy import weighted_bc
@@ -26,7 +25,7 @@ class BCLearner(Learner):
     ):
         self.cfg, nap = cfg, cfg.normalize_and_project
         with seeded(generator):
-            self.policy = normalized(Policy(observation_size, distribution, cfg.network), nap).to(cfg.device)
+            self.policy = ready(Policy(observation_size, distribution, cfg.network), cfg)
         super().__init__({"policy": self.policy}, {"policy": AgentOptimizer(self.policy, cfg.optim, nap=nap)})
 
     def update(self, batch: Transitions, *, progress: float = 0.0) -> Metrics:

@@ -119,7 +119,7 @@ class Collector:
             truncated=truncated,
             final={n: torch.stack([finals[k][n] for k in by_row]) for n in finals[0]} if finals else {},
             final_at=final_at,
-            allowed=_stacked(masks[:-1]),
+            allowed=stacked_masks(masks[:-1]),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -179,12 +179,13 @@ class EpisodeStatistics:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.running_return = state["running_return"].numpy().copy()
         self.running_length = state["running_length"].numpy().copy()
-        self.returns.extend(state["returns"])
-        self.lengths.extend(state["lengths"])
+        self.returns = deque(state["returns"], maxlen=self.returns.maxlen)
+        self.lengths = deque(state["lengths"], maxlen=self.lengths.maxlen)
         self.count = state["count"]
 
 
-def _stacked(masks: list[Tensor | None]) -> Tensor | None:
+def stacked_masks(masks: list[Tensor | None]) -> Tensor | None:
+    """Masks of each step as [B, T, ...]; everything is allowed where a step names none."""
     given = [mask for mask in masks if mask is not None]
     if not given:
         return None

@@ -189,6 +189,8 @@ class PPOConfig(OnPolicyConfig):
     entropy_coef: Finite = 0.0
     target_kl: Positive | None = None
     """Stop an iteration's updates when the policy has moved this far (1.5 times this, as elsewhere)."""
+    compile: bool = False
+    """Compile the update step with `torch.compile`: about a minute once, then about twice as fast. Needs a C++ compiler."""
 
 
 @dataclass(frozen=True, kw_only=True)

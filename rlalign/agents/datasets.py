@@ -189,5 +189,5 @@ def _write(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
     with temporary.open("wb") as stream:
-        np.savez_compressed(stream, **arrays)
+        np.savez_compressed(stream, **arrays)  # pyright: ignore[reportArgumentType]  # a field is not `allow_pickle`
     os.replace(temporary, file)

@@ -5,6 +5,7 @@ Gymnasium's vector environments restart an ended episode at the next step (`NEXT
 and which rows are real decisions.
 """
 
+import multiprocessing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,11 +63,11 @@ class Environments:
         self.taken: list[Array] = []
         """Actions since the start, where nothing else can tell how the copies came to where they are."""
 
-    def reset(self, *, seeds: list[int] | None = None) -> Observation:
-        """Begin new episodes in all copies; with `seeds`, from these starts."""
+    def reset(self, *, seeds: list[int] | int | None = None) -> Observation:
+        """Begin new episodes in all copies; with `seeds`, from these starts (one seed for a native vector form)."""
         first = seeds if seeds is not None else None if self.own else derived_seed(self.seed, "reset") % 2**31
         with self._told():
-            self.observation, self.info = self.vector.reset(seed=first)
+            self.observation, self.info = self._reset(seed=first)
         self.ended[:] = False
         self.taken = []
         self._check("reset", self.observation, np.zeros(self.num_envs))
@@ -90,6 +91,12 @@ class Environments:
         self._check("step", seen, rewards)
         return self._interpreted(seen, rewards, terminated, truncated, info)
 
+    def _reset(self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Any]:
+        if self.timeout is None or not isinstance(self.vector, AsyncVectorEnv):
+            return self.vector.reset(seed=seed, options=options)
+        self.vector.reset_async(seed=seed, options=options)
+        return self.vector.reset_wait(timeout=self.timeout)
+
     def _interpreted(
         self, seen: Observation, rewards: Array, terminated: Array, truncated: Array, info: Mapping[str, Any]
     ) -> EnvStep:
@@ -99,10 +106,13 @@ class Environments:
                 self.ended = over
             case AutoresetMode.SAME_STEP if over.any():
                 true_next = _with_rows(seen, over, info["final_obs"])
+                self._check("step", true_next, rewards)
             case AutoresetMode.DISABLED if over.any():
                 true_next = _copied(seen)
                 with self._told():
-                    seen, info = self.vector.reset(options={"reset_mask": over})
+                    seen, started = self._reset(options={"reset_mask": over.copy()})
+                self._check("reset", seen, rewards)
+                info = _merged(info, started, over)
         self.observation, self.info = seen, info
         return EnvStep(seen, true_next, rewards, terminated, truncated, real, info)
 
@@ -147,7 +157,8 @@ class Environments:
             return
         if self.own:
             replay = {int(index): log for index, log in state["episodes"].items()}
-            self.observation, self.info = self.vector.reset(options={REPLAY: replay})
+            with self._told():
+                self.observation, self.info = self._reset(options={REPLAY: replay})
         else:
             self.reset()
             for actions in [] if state["taken"] is None else state["taken"].numpy():
@@ -168,14 +179,19 @@ class _Told:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None or not isinstance(error, Exception) or isinstance(error, EnvironmentFault):
             return
-        if isinstance(error, TimeoutError):
+        if isinstance(error, multiprocessing.TimeoutError):
             raise EnvironmentFault(
-                f"{self.environments.name}, step {self.environments.steps}: no answer within "
+                f"{self.environments.name}, copies {self._hung()}, step {self.environments.steps}: no answer within "
                 f"{self.environments.timeout:g} s. Raise `env.step_timeout_s`, or fix what hangs."
             ) from error
         raise EnvironmentFault(
             f"{self.environments.name}, step {self.environments.steps}: {type(error).__name__}: {error}"
         ) from error
+
+    def _hung(self) -> list[int]:
+        vector = self.environments.vector
+        assert isinstance(vector, AsyncVectorEnv)
+        return [index for index, pipe in enumerate(vector.parent_pipes) if not pipe.poll(0)]
 
 
 def make_environments(
@@ -237,6 +253,17 @@ def _with_rows(seen: Observation, rows: Array, final: Any) -> Observation:
     merged = seen.copy()
     for index in np.flatnonzero(rows):
         merged[index] = final[index]
+    return merged
+
+
+def _merged(info: Mapping[str, Any], started: Mapping[str, Any], rows: Array) -> dict[str, Any]:
+    """What each copy says now: `info` of a step, with that of the episodes started after it in `rows`."""
+    merged = dict(info)
+    for name, values in started.items():
+        old = merged.get(name)
+        if isinstance(values, np.ndarray) and isinstance(old, np.ndarray) and old.shape == values.shape:
+            values = np.where(rows.reshape(-1, *[1] * (values.ndim - 1)), values, old)
+        merged[name] = values
     return merged
 
 

@@ -15,6 +15,8 @@ from rlalign.training.seeding import generator
 
 Decide = Callable[..., tuple[Array, dict[str, Array]]]
 """(observations, info, *, random) -> (actions, what is known of them)."""
+EPISODE_STEP = "rlalign_episode_step"
+"""Entry of `info` given to `decide`: decisions each copy's episode has behind it, for policies that act by the step."""
 
 
 class Evaluator:
@@ -74,7 +76,7 @@ class Evaluator:
         returns, lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs, dtype=np.int64)
         running = np.ones(envs.num_envs, dtype=bool)
         while running.any():
-            step = envs.step(self.decide(observation, envs.info, random=random)[0])
+            step = envs.step(self.decide(observation, {**envs.info, EPISODE_STEP: lengths}, random=random)[0])
             returns += np.where(running, step.rewards, 0.0)
             lengths += running
             running &= ~(step.terminated | step.truncated)
@@ -106,13 +108,9 @@ def _rows(step: int, returns: Array, lengths: Array) -> list[dict[str, Any]]:
     return [
         {
             "step": step,
-            "prompt_id": index,
-            "prompt": f"episode {index}",
-            "completion": f"return {value:g} in {length} steps",
+            "episode": index,
             "reward": float(value),
-            "parts": {"return": float(value)},
-            "tokens": int(length),
-            "truncated": False,
+            "length": int(length),
         }
         for index, (value, length) in enumerate(zip(returns.tolist(), lengths.tolist(), strict=True))
     ]

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from rlalign.agents.config_offline import IQLConfig
-from rlalign.agents.networks import normalized
 from rlalign.agents.offline_parts import (
     Critic,
     Critics,
@@ -14,6 +13,7 @@ from rlalign.agents.offline_parts import (
     action_features,
     follow,
     gradients,
+    ready,
     seeded,
     slow_copy,
     step,
@@ -47,7 +47,7 @@ class IQLLearner(Learner):
             q = Critics([Critic(pair, cfg.critic_network, ValueHead(cfg.value_head)) for _ in range(2)])
             value = Critics([Critic(observation_size, cfg.critic_network, ValueHead(MSE()))])
             policy = Policy(observation_size, distribution, cfg.network)
-        self.q, self.value, self.policy = (normalized(net, nap).to(cfg.device) for net in (q, value, policy))
+        self.q, self.value, self.policy = ready(q, cfg), ready(value, cfg), ready(policy, cfg)
         self.target = slow_copy(self.q)
         optimizers = {
             "q": AgentOptimizer(self.q, cfg.critic_optim, nap=nap),
@@ -103,7 +103,7 @@ class IQLLearner(Learner):
             critics.fit_support(targets)
         loss = self.q.objective(pairs, targets).mean()
         norm = step(self.optimizers["q"], gradients(loss, self.q), progress=progress)
-        outside = next(iter(self.q)).head.outside_share(targets)
+        outside = self.q.first.head.outside_share(targets)
         return {
             "q/loss": loss.detach(),
             "q/target_mean": targets.mean(),

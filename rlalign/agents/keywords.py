@@ -28,7 +28,9 @@ def config_from_keywords(cls: type, keywords: Mapping[str, Any]) -> Any:
         target = data
         for key in path[:-1]:
             target = target.setdefault(key, {})
-        target[path[-1]] = _full_form(name, value)
+        full = _full_form(name, value)
+        # A section given whole keeps what a short name has put there.
+        target[path[-1]] = {**target.get(path[-1], {}), **full} if isinstance(full, dict) else full
     return config_files.build(data, source=f"{cls.__name__.removesuffix('Config')}(...)")
 
 
@@ -45,6 +47,7 @@ def _path(cls: type, name: str) -> tuple[str, ...]:
     if name in hints:
         return (name,)
     found = [path for path in _leaves(cls) if path[-1] == name]
+    found = [path for path in found if path[0] == "env"] or found  # `num_envs` is that of training, not of evaluation
     if len(found) == 1:
         return found[0]
     if found:

@@ -70,7 +70,7 @@ def save_minari(
     minari = _minari()
     if not re.fullmatch(r"[-\w/]+-v\d+", dataset_id):
         raise DatasetError(
-            f"{dataset_id}: a Minari id has letters, digits, `-`, `_`, `/` and ends in a version: `-v0`."
+            f"{dataset_id}: a Minari id is letters, digits, `-`, `_` and `/`, and ends in a version: `-v0`."
         )
     if transitions.observations.dtype == torch.uint8 and transitions.observations.ndim == 4:
         raise DatasetError(f"{dataset_id}: Minari stores images as lossy JPEG; save them to a `.npz` path instead.")

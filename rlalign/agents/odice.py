@@ -5,7 +5,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlalign.agents.config_offline import ODICEConfig
-from rlalign.agents.networks import normalized
 from rlalign.agents.offline_parts import (
     Critic,
     Critics,
@@ -14,6 +13,7 @@ from rlalign.agents.offline_parts import (
     Policy,
     follow,
     gradients,
+    ready,
     seeded,
     slow_copy,
     step,
@@ -51,8 +51,8 @@ class ODICELearner(Learner):
             critics = [
                 Critic(observation_size, cfg.critic_network, ValueHead(MSE())) for _ in range(2 if cfg.twin else 1)
             ]
-            value = normalized(Critics(critics), nap).to(cfg.device)
-            policy = normalized(Policy(observation_size, distribution, cfg.network), nap).to(cfg.device)
+            value = ready(Critics(critics), cfg)
+            policy = ready(Policy(observation_size, distribution, cfg.network), cfg)
         self.value, self.policy, self.target = value, policy, slow_copy(value)
         optimizers = {
             "value": AgentOptimizer(value, cfg.critic_optim, nap=nap),

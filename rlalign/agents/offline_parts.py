@@ -3,18 +3,20 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from rlalign.agents.config import NetworkConfig
+from rlalign.agents.config import AgentConfig, NetworkConfig
 from rlalign.agents.optimizer import AgentOptimizer
 from rlalign.nn.mlp import MLP
+from rlalign.nn.nap import to_normalized
 from rlalign.nn.policies import ActionDistribution, Categorical, MultiCategorical
 from rlalign.nn.value_heads import ValueHead
 
+Net = TypeVar("Net", bound=nn.Module)
 Metrics = dict[str, Tensor]
 """Name -> a detached number, left on its device: reading every one of them at every update costs time."""
 
@@ -63,6 +65,10 @@ class Critics(nn.Module):
             assert isinstance(member, Critic)
             yield member
 
+    @property
+    def first(self) -> Critic:
+        return next(iter(self))
+
     def values(self, features: Float[Tensor, "rows features"]) -> Float[Tensor, "critics rows"]:
         return torch.stack([critic.values(features) for critic in self])
 
@@ -82,9 +88,18 @@ class Critics(nn.Module):
         return torch.stack([critic.head.objective(critic(features), targets) for critic in self])
 
 
-def slow_copy(critics: Critics) -> Critics:
+def ready(network: Net, cfg: AgentConfig) -> Net:
+    """Put in Normalize-and-Project's norms where the config asks for it, and move to its device."""
+    nap = cfg.normalize_and_project
+    if nap is not None:
+        for one in network if isinstance(network, Critics) else (network,):
+            to_normalized(one, tensors=nap.tensors)
+    return network.to(cfg.device)
+
+
+def slow_copy(network: Net) -> Net:
     """A copy that only `follow` moves."""
-    return copy.deepcopy(critics).requires_grad_(False)
+    return copy.deepcopy(network).requires_grad_(False)
 
 
 @torch.no_grad()
@@ -114,7 +129,7 @@ def step(optimizer: AgentOptimizer, found: Sequence[Tensor], *, progress: float)
 
 
 def action_features(
-    distribution: ActionDistribution, actions: Shaped[Tensor, "*rows"] | Shaped[Tensor, "*rows dims"]
+    distribution: ActionDistribution, actions: Shaped[Tensor, "..."]
 ) -> Float[Tensor, "*rows features"]:
     """Actions as a Q-function takes them: `distribution.size` numbers, choices as one-hot."""
     match distribution:

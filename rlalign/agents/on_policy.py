@@ -60,4 +60,4 @@ class OnPolicyAgent(Agent):
 
 def normalized(advantages: Float[Tensor, " decisions"]) -> Float[Tensor, " decisions"]:
     """Centre and scale over a batch without masked decisions; equal advantages give zeros."""
-    return whiten(advantages, torch.ones_like(advantages, dtype=torch.bool))
+    return whiten(advantages)

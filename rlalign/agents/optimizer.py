@@ -29,7 +29,7 @@ class AgentOptimizer:
         self.adam = torch.optim.AdamW([self.flat.parameter], fused=fused, **options) if cfg.weight_decay else (
             torch.optim.Adam([self.flat.parameter], fused=fused, **options)
         )
-        self.projector = None if nap is None else Projector(module.parameters(), every=nap.every)
+        self.projector = None if nap is None else Projector(module, every=nap.every)
         if self.projector is not None:
             self.projector.attach(self.adam)
         self.budget = SkipBudget(limit=cfg.nonfinite_budget)

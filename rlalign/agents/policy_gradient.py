@@ -19,6 +19,7 @@ from rlalign.agents.optimizer import AgentOptimizer
 from rlalign.agents.spaces import ActionInterface, Observation, ObservationParts
 from rlalign.agents.waves import WaveCollector
 from rlalign.buffers import Input, Rollout, RolloutBuffer, TrainBatch
+from rlalign.config import ConfigError
 from rlalign.functional.masked import aggregate, masked_mean
 from rlalign.functional.policy import clip_fractions, clipped_surrogate
 
@@ -40,6 +41,11 @@ class PolicyGradientAgent(Agent):
         cfg = self.config
         check_consistency(cfg)
         assert self.environments is not None
+        if not self.environments.own:
+            raise ConfigError(
+                "groups of episodes from equal starts need copies that can be seeded one by one: name the environment by "
+                "`env.id`, with `env.vectorization` sync or async."
+            )
         self.device = torch.device(cfg.device)
         self.parts = ObservationParts(self.environments.observation_space)
         self.actions = ActionInterface(
@@ -54,8 +60,11 @@ class PolicyGradientAgent(Agent):
             self.environments, self.parts, self.actions, group_size=cfg.group_size, seed=cfg.seed, device=cfg.device
         )
         self.estimator, self.buffer = build_estimator(cfg.advantage), RolloutBuffer()
+        self.last: tuple[Tensor, TrainBatch] | None = None
+        """Log-ratios of this iteration's last minibatch, and the minibatch."""
 
     def iterate(self) -> Metrics:
+        self.last = None
         self.buffer.add(self.collect())
         batch = self.estimator(self.buffer.drain())
         with self.clock_watch("train"):
@@ -137,7 +146,7 @@ class PolicyGradientAgent(Agent):
             **self.optimizer.metrics(),
             **self.estimator.metrics,
         }
-        if self.optimizer.updates:
+        if self.last is not None:
             log_ratio, last = self.last
             clips = {"clip_low": self.config.clip_low, "clip_high": self.config.clip_high}
             low, high = clip_fractions(log_ratio, last.advantages, last.mask, **clips)

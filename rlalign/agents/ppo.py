@@ -1,12 +1,13 @@
 """Proximal policy optimization."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from rlalign.agents.agent import Metrics
+from rlalign.agents.compiled import CompiledGradient
 from rlalign.agents.config import PPOConfig
 from rlalign.agents.on_policy import OnPolicyAgent, normalized
 from rlalign.agents.on_policy_metrics import UpdateMetrics, rollout_metrics
@@ -33,7 +34,8 @@ class PPO(OnPolicyAgent):
     def build(self) -> None:
         super().build()
         cfg = self.config
-        self.optimizer = AgentOptimizer(self.model.modules, cfg.optim, nap=cfg.normalize_and_project)
+        self.optimizer = AgentOptimizer(self.model.networks, cfg.optim, nap=cfg.normalize_and_project)
+        self.compiled = CompiledGradient(self.model.networks, self.loss, self.optimizer.flat) if cfg.compile else None
         self.measures = UpdateMetrics(cfg)
 
     def iterate(self) -> Metrics:
@@ -59,30 +61,35 @@ class PPO(OnPolicyAgent):
 
     def update(self, minibatch: Decisions) -> None:
         """One optimizer step."""
-        # Every decision here is real, so this mean is the `token` aggregation.
-        (self.objective(minibatch) * minibatch["weights"]).mean().backward()
+        if self.compiled is not None and len(minibatch) == self.config.minibatch_size:
+            scored = self.compiled(minibatch.fields)
+        else:
+            loss, scored = self.loss(self.model.networks(minibatch.fields), minibatch.fields)
+            loss.backward()
+        self.measures.scored(*(tensor.detach() for tensor in scored))
         self.measures.grad_norms.append(self.optimizer.take_step(progress=self.step / self.total))
 
-    def objective(self, minibatch: Decisions) -> Float[Tensor, " decisions"]:
-        """What every decision wants minimised: surrogate and value error, less an entropy bonus."""
-        cfg, actor, critic = self.config, self.model.actor, self.model.critic
-        params = actor(minibatch.fields, minibatch.get("allowed"))
-        log_ratio = actor.distribution.log_prob(params, minibatch["actions"]) - minibatch["log_prob_old"]
+    def loss(
+        self, outputs: tuple[Tensor, Tensor], minibatch: Mapping[str, Tensor]
+    ) -> tuple[Float[Tensor, ""], tuple[Tensor, ...]]:
+        """Surrogate and value error, less an entropy bonus; and what the metrics want of the way there."""
+        cfg, distribution, (params, value_outputs) = self.config, self.model.actor.distribution, outputs
+        log_ratio = distribution.log_prob(params, minibatch["actions"]) - minibatch["log_prob_old"]
         advantages = minibatch["advantages"]
         if cfg.normalize_advantages == "minibatch":
             advantages = normalized(advantages)
-        surrogate = clipped_surrogate(log_ratio, advantages, clip_low=cfg.clip_low, clip_high=cfg.clip_high)
-        value_error = critic.head.objective(
-            critic(minibatch.fields),
+        value_error = self.model.critic.head.objective(
+            value_outputs,
             minibatch["returns"],
             values_old=minibatch["values"] if cfg.value_clip is not None else None,
             clip=cfg.value_clip,
         )
+        surrogate = clipped_surrogate(log_ratio, advantages, clip_low=cfg.clip_low, clip_high=cfg.clip_high)
         objective = surrogate + cfg.value_coef * value_error
         if cfg.entropy_coef:
-            objective = objective - cfg.entropy_coef * actor.distribution.entropy(params)
-        self.measures.scored(log_ratio.detach(), advantages, value_error.detach(), params.detach())
-        return objective
+            objective = objective - cfg.entropy_coef * distribution.entropy(params)
+        # Every decision here is real, so this mean is the `token` aggregation.
+        return (objective * minibatch["weights"]).mean(), (log_ratio, advantages, value_error, params)
 
     def optimizers(self) -> dict[str, Any]:
         return {"all": self.optimizer}

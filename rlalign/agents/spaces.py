@@ -54,7 +54,12 @@ class ObservationParts:
         """Which actions are allowed, where the environment says so."""
         if self.mask_space is not None:
             return torch.from_numpy(np.asarray(observation[MASK])).bool()
-        return torch.from_numpy(np.stack(list(info[MASK]))).bool() if MASK in info else None
+        if MASK not in info:
+            return None
+        given = torch.from_numpy(np.stack(list(info[MASK]))).bool()
+        # Gymnasium fills up with zeros where a copy's info has no mask, and says so beside it.
+        named = torch.from_numpy(np.asarray(info.get(f"_{MASK}", np.ones(len(given), dtype=bool))))
+        return given | ~named.reshape(-1, *[1] * (given.ndim - 1))
 
     def vector(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Everything but images side by side as floats; `parts` may have any leading dimensions."""
@@ -126,7 +131,8 @@ _READABLE = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBina
 
 def _tensor(values: Any) -> Tensor:
     array = np.asarray(values)
-    return torch.from_numpy(array.astype(np.float32) if array.dtype == np.float64 else array)
+    # A copy in any case: an environment may write its next observation into the same memory.
+    return torch.from_numpy(array.astype(np.float32) if array.dtype == np.float64 else array.copy())
 
 
 def _width(space: spaces.Space) -> int:
@@ -147,8 +153,12 @@ def _flat(values: Tensor, space: spaces.Space) -> Tensor:
             hot = [torch.nn.functional.one_hot(d, int(n)) for d, n in zip(digits.unbind(-1), space.nvec.ravel())]
             return torch.cat(hot, -1).float()
     own = len(space.shape or ())
-    flat = values.float() if own == 1 else values.float().flatten(values.ndim - own)
-    return flat if own else values.float().unsqueeze(-1)
+    match own:
+        case 0:
+            return values.float().unsqueeze(-1)
+        case 1:
+            return values.float()
+    return values.float().flatten(values.ndim - own)
 
 
 def _distribution(space: spaces.Space, *, squash: bool, log_std: float) -> ActionDistribution:

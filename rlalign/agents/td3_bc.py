@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from rlalign.agents.config_offline import TD3BCConfig
-from rlalign.agents.networks import normalized
 from rlalign.agents.offline_parts import (
     Critic,
     Critics,
@@ -13,6 +12,7 @@ from rlalign.agents.offline_parts import (
     Policy,
     follow,
     gradients,
+    ready,
     seeded,
     slow_copy,
     step,
@@ -54,7 +54,7 @@ class TD3BCLearner(Learner):
             policy = Policy(observation_size, distribution, cfg.network)
         # Frozen: nothing here depends on it, and it would otherwise be an unused weight.
         distribution.log_std.requires_grad_(False)
-        self.q, self.policy = normalized(q, nap).to(cfg.device), normalized(policy, nap).to(cfg.device)
+        self.q, self.policy = ready(q, cfg), ready(policy, cfg)
         self.target, self.slow_policy = slow_copy(self.q), slow_copy(self.policy)
         optimizers = {
             "q": AgentOptimizer(self.q, cfg.critic_optim, nap=nap),
@@ -64,6 +64,7 @@ class TD3BCLearner(Learner):
         super().__init__(modules, optimizers)
 
     def act(self, policy: Policy, observations: Tensor) -> Tensor:
+        """The action that `policy`, ours or the slow one, takes."""
         return policy.distribution.mode(policy(observations))
 
     def update(self, batch: Transitions, *, progress: float = 0.0) -> Metrics:
@@ -100,7 +101,7 @@ class TD3BCLearner(Learner):
         else:
             loss = self.q.objective(pairs, targets).mean()
         norm = step(self.optimizers["q"], gradients(loss, self.q), progress=progress)
-        outside = next(iter(self.q)).head.outside_share(targets)
+        outside = self.q.first.head.outside_share(targets)
         return {
             "q/loss": loss.detach(),
             "q/target_mean": targets.mean(),
@@ -113,7 +114,7 @@ class TD3BCLearner(Learner):
         with torch.no_grad():
             outputs = torch.stack([critic(following) for critic in self.target])
             lesser = self.target.values(following).argmin(0)
-            head = next(iter(self.target)).head
+            head = self.target.first.head
             target = head.projected(
                 outputs[lesser, torch.arange(len(lesser), device=lesser.device)], rewards, discounts
             )
@@ -121,8 +122,7 @@ class TD3BCLearner(Learner):
 
     def _update_policy(self, batch: Transitions, progress: float) -> Metrics:
         actions = self.act(self.policy, batch.observations)
-        first = next(iter(self.q))
-        q_values = first.values(torch.cat([batch.observations, actions], -1))
+        q_values = self.q.first.values(torch.cat([batch.observations, actions], -1))
         loss = td3_bc_objective(q_values, actions, batch.actions, alpha=self.cfg.alpha).mean()
         # By the policy's weights alone: the critic is only passed through.
         norm = step(self.optimizers["policy"], gradients(loss, self.policy), progress=progress)

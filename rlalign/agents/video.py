@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlalign.agents.envs import make_environments
+from rlalign.agents.evaluate import EPISODE_STEP
 from rlalign.training.seeding import generator
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def _frames(agent: "Agent") -> tuple[list[np.ndarray], float]:
             if not drawn or drawn[0] is None:
                 break
             frames.append(_small(np.asarray(drawn[0])))
-            step = envs.step(agent.decide(observation, envs.info, random=random)[0])
+            info = {**envs.info, EPISODE_STEP: np.array([len(frames) - 1])}
+            step = envs.step(agent.decide(observation, info, random=random)[0])
             if (step.terminated | step.truncated).any():
                 break
             observation = step.observation

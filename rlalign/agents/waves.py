@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlalign.agents.collect import Experience
+from rlalign.agents.collect import Experience, stacked_masks
 from rlalign.agents.envs import Environments, EnvStep
 from rlalign.agents.networks import Actor, prepare
 from rlalign.agents.normalize import ObservationNormalizer
@@ -52,7 +52,8 @@ class WaveCollector:
             if len(played) % NOISE_STEPS == 0:
                 noise = actor.distribution.noise((NOISE_STEPS, rows), random)
             prepared = prepare(self.parts, normalizer.apply(seen[-1]))
-            params = actor({name: value.to(self.device) for name, value in prepared.items()}, allowed[-1])
+            mask = None if allowed[-1] is None else allowed[-1].to(self.device)
+            params = actor({name: value.to(self.device) for name, value in prepared.items()}, mask)
             decision = actor.distribution.sample(params, noise[len(played) % NOISE_STEPS].to(self.device)).cpu()
             step = envs.step(self.actions.to_env(decision))
             decisions.append(decision)
@@ -86,7 +87,6 @@ def _experience(
         return torch.from_numpy(np.where(mask, np.stack([vars(step)[name] for step in played], 1), 0))
 
     terminated = column("terminated").bool()
-    masks = [entry for entry in allowed[:-1] if entry is not None]
     return Experience(
         observations={name: torch.stack([one[name] for one in seen], 1) for name in seen[0]},
         actions=torch.stack(decisions, 1),
@@ -96,5 +96,5 @@ def _experience(
         truncated=column("truncated").bool() & ~terminated,
         final={},
         final_at=torch.zeros_like(terminated),
-        allowed=torch.stack(masks, 1) if len(masks) == len(played) else None,
+        allowed=stacked_masks(allowed[:-1]),
     )

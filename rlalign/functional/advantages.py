@@ -107,7 +107,7 @@ def max_likelihood(
 ) -> Float[Tensor, " batch"]:
     """Centre each reward and divide by the group's mean, so that rare successes count most: MaxRL.
 
-        Â_i = (r_i - m_G) / m_G,   0 where m_G <= 0
+        Â_i = (r_i - m_G) / m_G,   0 where m_G = 0
 
     Args:
         rewards: Outcome of each rollout, >= 0; successes and failures are 1 and 0.
@@ -118,7 +118,7 @@ def max_likelihood(
         Advantages relative to the group's mean.
 
     Raises:
-        ValueError: A group holds a single rollout, or a scored reward is not finite.
+        ValueError: A group holds a single rollout, or a scored reward is negative or not finite.
 
     Example:
         >>> max_likelihood(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([0, 0, 0, 0]))
@@ -129,9 +129,13 @@ def max_likelihood(
         reward.
     """
     groups = Groups.of(rewards, group, scored)
-    positive = groups.mean > 0
-    divisor = torch.where(positive, groups.mean, 1)[groups.index]
-    return groups.finish(torch.where(positive[groups.index], groups.centred / divisor, 0), rewards.dtype)
+    if bool((groups.rewards < 0).any()):
+        raise ValueError(
+            f"maximum likelihood needs rewards >= 0, got {float(groups.rewards.min())}: a mean near or below 0 would blow "
+            "advantages up or turn them round. Shift the reward, or choose another `advantage.type`."
+        )
+    divisor = torch.where(groups.mean > 0, groups.mean, 1)
+    return groups.finish(groups.centred / divisor[groups.index], rewards.dtype)
 
 
 def length_weighted(

@@ -64,7 +64,7 @@ def hl_gauss_targets(
     position = ((precise - outer) / width).clamp(-far, num_bins + far)
     edge = torch.arange(num_bins + 1, dtype=precise.dtype, device=values.device)
     z = (edge - position.unsqueeze(-1)) / sigma_ratio
-    return _log_normal_mass(z[..., :-1], z[..., 1:]).softmax(-1).to(values.dtype)
+    return _log_normal_mass(z).softmax(-1).to(values.dtype)
 
 
 def two_hot_targets(
@@ -250,10 +250,14 @@ def _width(low: Number, high: Number, num_bins: int, edges: Edges, *, empty: boo
     return (high - low) / (num_bins if edges == "range" else num_bins - 1)
 
 
-def _log_normal_mass(lower: Float[Tensor, "*dims"], upper: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
-    """Return log(Φ(upper) - Φ(lower)), exact in both tails."""
-    # Φ(b) - Φ(a) = Φ(-a) - Φ(-b): the mirror image of an interval on the right has no cancellation.
-    right = lower + upper > 0
-    a, b = torch.where(right, -upper, lower), torch.where(right, -lower, upper)
-    log_a, log_b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
-    return log_b + torch.log(-torch.expm1(log_a - log_b))
+def _log_normal_mass(z: Float[Tensor, "*dims edges"]) -> Float[Tensor, "*dims bins"]:
+    """Return log(Φ(z_{i+1}) - Φ(z_i)) between neighbouring edges, exact in both tails."""
+    # On one side of 0 the mass is a difference of tails, near - far; across 0 it is 1 less both tails.
+    tail = torch.special.log_ndtr(-z.abs())
+    left, right = tail[..., :-1], tail[..., 1:]
+    across = (z[..., :-1] < 0) & (z[..., 1:] > 0)
+    gap = torch.where(across, -1.0, -(left - right).abs())
+    beside = torch.maximum(left, right) + torch.log(-torch.expm1(gap))
+    # Tails below e^-80 are nothing beside 1, and numbers that small are slow.
+    outer = tail.clamp(min=-80).exp()
+    return torch.where(across, torch.log1p(-(outer[..., :-1] + outer[..., 1:])), beside)

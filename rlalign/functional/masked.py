@@ -64,35 +64,9 @@ def masked_var(
     return squares.sum(dim) / (mask.sum(dim) - int(unbiased)).clamp(min=1)
 
 
-def masked_std(
-    x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, dim: Dim = None, unbiased: bool = True
-) -> Float[Tensor, "..."]:
-    """Take the standard deviation of the values whose mask is True.
-
-        std = sqrt(var),   var as in `masked_var`
-
-    Args:
-        x: Values; anything may stand where the mask is False.
-        mask: True where a value counts.
-        dim: Dimensions to reduce; None reduces all.
-        unbiased: Divide by n - 1 rather than n.
-
-    Returns:
-        The deviation in the unit of `x`, 0 where fewer than two values count.
-
-    Example:
-        >>> masked_std(torch.tensor([1.0, 3.0, 99.0]), torch.tensor([True, True, False]), unbiased=False)
-        tensor(1.)
-
-    Reference:
-        Schulman et al. 2017 (arXiv:1707.06347), normalisation of advantages.
-    """
-    return masked_var(x, mask, dim=dim, unbiased=unbiased).sqrt()
-
-
 def whiten(
     x: Float[Tensor, "*shape"],
-    mask: Bool[Tensor, "*shape"],
+    mask: Bool[Tensor, "*shape"] | None = None,
     *,
     unbiased: bool = True,
     eps: float = 1e-8,
@@ -104,7 +78,7 @@ def whiten(
 
     Args:
         x: Values; anything may stand where the mask is False.
-        mask: True where a value counts.
+        mask: True where a value counts; None counts all.
         unbiased: Use the sample variance (n - 1).
         eps: Added to the variance.
         shift_mean: False scales the deviations but leaves the mean where it was.
@@ -120,14 +94,22 @@ def whiten(
     Reference:
         Hu et al. 2025 (arXiv:2501.03262), REINFORCE++, §3. verl's `masked_whiten` divides equal values by sqrt(eps).
     """
-    kept = x.masked_fill(~mask, 0)
-    mean = masked_mean(kept, mask)
-    deviation = kept - mean
-    scaled = deviation * torch.rsqrt(masked_var(kept, mask, unbiased=unbiased) + eps)
-    largest = kept.abs().amax() if kept.numel() else mean.abs()
-    spread_out = (deviation.masked_fill(~mask, 0).abs() > 0.5 * CONSTANT_SPREAD * largest.clamp(min=1)).any()
-    scaled = torch.where(spread_out, scaled, torch.zeros_like(scaled))
-    return (scaled if shift_mean else scaled + mean).masked_fill(~mask, 0)
+    if x.numel() == 0:
+        return x
+    if mask is None and x.numel() > 1:
+        kept = x
+        variance, mean = torch.var_mean(x, correction=int(unbiased))
+        deviation = x - mean
+    else:
+        mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+        kept = x.masked_fill(~mask, 0)
+        variance, mean = masked_var(kept, mask, unbiased=unbiased), masked_mean(kept, mask)
+        deviation = (kept - mean).masked_fill(~mask, 0)
+    spread_out = deviation.abs().amax() > 0.5 * CONSTANT_SPREAD * kept.abs().amax().clamp(min=1)
+    # A product with the flag would keep the NaN of a broken batch; so does this, and equal values give exact zeros.
+    scaled = deviation * torch.where(spread_out, torch.rsqrt(variance + eps), 0.0)
+    shifted = scaled if shift_mean else scaled + mean
+    return shifted if mask is None else shifted.masked_fill(~mask, 0)
 
 
 def spread(values: Shaped[Tensor, " batch"], mask: Bool[Tensor, "batch time"]) -> Shaped[Tensor, "batch time"]:

@@ -56,7 +56,8 @@ def build_parts(
     config_text: str | None,
 ) -> Parts:
     """Datasets first (cheap to refuse), then the reward workers (they start while the model loads), then the model."""
-    check_consistency(cfg)
+    adapter = peft_config is not None
+    check_consistency(cfg, adapter=adapter)
     seed_everything(cfg.seed)
     train = _prompts(train_dataset, cfg, "train_dataset")
     held_out = None if eval_dataset is None else _prompts(eval_dataset, cfg, "eval_dataset")
@@ -64,7 +65,13 @@ def build_parts(
     guard = _guard(reward_funcs, cfg.guard, session.path / "errors")
     metrics = _guard(cfg.eval.metrics, cfg.guard, session.path / "errors") if cfg.eval.metrics else guard
     policy = Policy.build(model, tokenizer, cfg, peft_config)
-    notes = check_consistency(cfg, processes=policy.accelerator.num_processes)
+    notes = check_consistency(
+        cfg,
+        processes=policy.accelerator.num_processes,
+        weights=[function.weight for function in guard.functions],
+        adapter=adapter,
+    )
+    notes += policy.new_notes()
     for data, other in ((train, held_out), (held_out, None)):
         if data is not None:
             limit = cfg.rollout.max_prompt_tokens

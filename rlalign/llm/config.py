@@ -279,6 +279,11 @@ class OptimConfig:
     nonfinite_budget: CountOrZero = 3
     """Steps with a NaN or infinite gradient that are skipped before the run stops."""
 
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps on each rollout; with one of them training is on-policy."""
+        return self.update_epochs * self.minibatches
+
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineConfig:
@@ -343,7 +348,7 @@ class PolicyGradientConfig:
     method: Literal["policy_gradient", "bnpo"] = "policy_gradient"
     seed: CountOrZero = 0
     total_steps: Count = 500
-    """Rollouts, each followed by `update_epochs * minibatches` optimizer steps."""
+    """Rollouts, each followed by `optim.update_epochs` x `optim.minibatches` optimizer steps."""
 
     model: ModelConfig | None = None
     data: DataConfig | None = None

@@ -1,26 +1,36 @@
 """Settings that are fine one by one and wrong together. No torch: `rlalign check` runs this in a moment."""
 
-from rlalign.advantages.config import GAE, BetaNormalized, GroupRelative
+import math
+from collections.abc import Sequence
+
+from rlalign.advantages.config import GAE, BetaNormalized, GroupEstimatorConfig, GroupRelative, MaxLikelihood
 from rlalign.config import ConfigError
 from rlalign.llm.config import GSPO, PolicyGradientConfig, Reinforce, VLLMServer
 
 
-def check_consistency(cfg: PolicyGradientConfig, *, processes: int = 1) -> list[str]:
+def check_consistency(
+    cfg: PolicyGradientConfig, *, processes: int = 1, weights: Sequence[float] | None = None, adapter: bool = False
+) -> list[str]:
     """Return notes on what is unusual.
+
+    Args:
+        weights: Of the reward functions; those in `rewards` when None.
+        adapter: An adapter is trained although `peft` does not say so.
 
     Raises:
         ConfigError: With every contradiction, one per line.
     """
-    problems = [text for text in _problems(cfg, processes) if text]
+    problems = [text for text in (*_problems(cfg, processes), *_reward_problems(cfg), _dtype(cfg, adapter)) if text]
     if problems:
         raise ConfigError("\n".join(problems))
-    return [text for text in _notes(cfg) if text]
+    weights = [reward.weight for reward in cfg.rewards] if weights is None else weights
+    return [text for text in (*_notes(cfg), _sum_leaves_range(cfg, weights)) if text]
 
 
 def _problems(cfg: PolicyGradientConfig, processes: int) -> list[str | None]:
     rollout, optim = cfg.rollout, cfg.optim
     served = isinstance(rollout.engine, VLLMServer)
-    prompts, updates = rollout.prompts_per_step, optim.update_epochs * optim.minibatches
+    prompts, updates = rollout.prompts_per_step, optim.updates_per_rollout
     return [
         f"`rollout.prompts_per_step`={prompts} cannot be dealt to {processes} processes; choose a multiple."
         if prompts % processes
@@ -36,10 +46,6 @@ def _problems(cfg: PolicyGradientConfig, processes: int) -> list[str | None]:
         "`advantage: gae` needs a critic, and language models here have none; use a group estimator such as "
         "`group_relative`, `leave_one_out` or `beta_normalized`."
         if isinstance(cfg.advantage, GAE)
-        else None,
-        "`kl.where: reward` takes rewards out of the range that `advantage: beta_normalized` is defined on; use "
-        "`kl.where: loss`."
-        if cfg.kl.coef and cfg.kl.where == "reward" and isinstance(cfg.advantage, BetaNormalized)
         else None,
         "`kl.estimator: k1` in the loss has an expected gradient of zero; use `k2` or `k3`, or `kl.where: reward`."
         if cfg.kl.coef and cfg.kl.where == "loss" and cfg.kl.estimator == "k1"
@@ -58,9 +64,68 @@ def _problems(cfg: PolicyGradientConfig, processes: int) -> list[str | None]:
     ]
 
 
+def _reward_problems(cfg: PolicyGradientConfig) -> list[str | None]:
+    (low, high), guard = _reward_bounds(cfg), cfg.guard
+    bounded = low > -math.inf
+    penalised = cfg.kl.coef > 0 and cfg.kl.where == "reward"
+    return [
+        f"`kl.where: reward` takes rewards out of the range that `advantage: {cfg.advantage.type}` is defined on; use "
+        "`kl.where: loss`."
+        if penalised and bounded
+        else None,
+        "`kl.where: reward` has no effect with `advantage.decompose: true`, which looks at each function's own reward; "
+        "use `kl.where: loss`."
+        if penalised and not bounded and _decomposed(cfg)
+        else None,
+        f"`guard.penalty`={guard.penalty:g} is outside [{low:g}, {high:g}], where `advantage: {cfg.advantage.type}` "
+        "needs its rewards, so the first row that fails would end the run; choose a value inside"
+        + (", or widen `advantage.reward_range`." if isinstance(cfg.advantage, BetaNormalized) else ".")
+        if guard.on_error == "penalty" and not low <= guard.penalty <= high
+        else None,
+    ]
+
+
+def _dtype(cfg: PolicyGradientConfig, adapter: bool) -> str | None:
+    if cfg.model is None or cfg.model.dtype != "float16" or cfg.peft is not None or adapter:
+        return None
+    return (
+        "`model.dtype: float16` cannot hold the small gradients of training all weights; use auto or float32, or train "
+        "an adapter (`peft`) on frozen float16 weights."
+    )
+
+
+def _sum_leaves_range(cfg: PolicyGradientConfig, weights: Sequence[float]) -> str | None:
+    """Whether functions between 0 and 1, the usual kind, add up to what the estimator refuses in mid-run."""
+    low, high = _reward_bounds(cfg)
+    least, most = sum(min(weight, 0) for weight in weights), sum(max(weight, 0) for weight in weights)
+    if _decomposed(cfg) or (low <= least and most <= high):
+        return None
+    fix = "weights" if isinstance(cfg.advantage, MaxLikelihood) else "`advantage.reward_range`, change weights"
+    return (
+        f"rewards between 0 and 1 with these weights add up to values from {least:g} to {most:g}, and `advantage: "
+        f"{cfg.advantage.type}` stops the run at one outside [{low:g}, {high:g}]: change {fix}, or set "
+        "`advantage.decompose: true`"
+    )
+
+
+def _reward_bounds(cfg: PolicyGradientConfig) -> tuple[float, float]:
+    """What outcomes (or parts of them, with `decompose`) the estimator takes."""
+    match cfg.advantage:
+        case BetaNormalized():
+            return cfg.advantage.reward_range
+        case MaxLikelihood():
+            return 0.0, math.inf
+        case _:
+            return -math.inf, math.inf
+
+
+def _decomposed(cfg: PolicyGradientConfig) -> bool:
+    return isinstance(cfg.advantage, GroupEstimatorConfig) and cfg.advantage.decompose
+
+
 def _notes(cfg: PolicyGradientConfig) -> list[str | None]:
     optim, rollout = cfg.optim, cfg.rollout
-    updates = optim.update_epochs * optim.minibatches
+    updates = optim.updates_per_rollout
     return [
         f"{rollout.prompts_per_step} prompts x {rollout.group_size} completions = "
         f"{rollout.prompts_per_step * rollout.group_size} rollouts per step, {updates} "

@@ -282,10 +282,15 @@ def _reported(answer: Mapping[str, Any], ids: Sequence[Sequence[int]]) -> list[l
     return result
 
 
-def gap_note(gap: float) -> str:
-    """What to tell the user when engine and trainer disagree by more than `LARGEST_GAP`."""
+def gap_note(gap: float, *, external: bool) -> str:
+    """What to tell the user when sampling and training disagree by more than `LARGEST_GAP`."""
+    size = f"differ by {gap:.3f} nats per token on average (policy/sampling_gap_nats; usual is below {LARGEST_GAP})"
+    if not external:
+        return (
+            f"Sampling and training {size} although both use this model, and nothing corrects for it. Look for the "
+            "cause: numbers of low precision (`model.dtype: float32`), `rollout.engine.prepack`, `packing: padded`."
+        )
     return (
-        f"Sampling engine and trainer differ by {gap:.3f} nats per token on average (policy/sampling_gap_nats; usual "
-        f"is below {LARGEST_GAP}). `correction` bounds the harm, but look for a cause: another `--dtype` or a coarse "
-        "`--kv-cache-dtype` on the server, a model that it implements differently, or weights that did not arrive."
+        f"Sampling engine and trainer {size}. `correction` bounds the harm, but look for a cause: another `--dtype` or "
+        "a coarse `--kv-cache-dtype` on the server, a model that it implements differently, or weights that did not arrive."
     )

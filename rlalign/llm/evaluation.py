@@ -13,7 +13,7 @@ from rlalign.llm.config import PolicyGradientConfig
 from rlalign.llm.data import Prompts, encode_prompt
 from rlalign.llm.generate import Generations
 from rlalign.llm.policy import Policy
-from rlalign.training.distributed import gather_json, gather_ragged
+from rlalign.training.distributed import gather_json, gather_ragged, own_share
 from rlalign.training.guard import RewardGuard
 from rlalign.training.journal import Journal
 from rlalign.training.session import Session
@@ -110,11 +110,18 @@ class Evaluator:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "stale": self.stale, "started": self.started, "evaluated_at": self.evaluated_at}
+        return {
+            "best": self.best,
+            "stale": self.stale,
+            "started": self.started,
+            "evaluated_at": self.evaluated_at,
+            "guard": gather_json(self.guard.state_dict(), self.policy.accelerator),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.best, self.stale = state["best"], state["stale"]
         self.started, self.evaluated_at = state["started"], state["evaluated_at"]
+        self.guard.load_state_dict(own_share(state["guard"], self.policy.accelerator))
 
     def _record(self, step: int, journal: Journal, extra: Mapping[str, float]) -> None:
         metrics, rows = self.run()

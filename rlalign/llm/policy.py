@@ -20,6 +20,7 @@ from rlalign.config import ConfigError
 from rlalign.llm.config import ModelConfig, PolicyGradientConfig
 from rlalign.llm.engine import Engine, TransformersEngine, build_engine
 from rlalign.llm.generate import Generations
+from rlalign.llm.gradient_checks import require_true_gradients, sharding_notes, trained_dtype_notes
 from rlalign.llm.models import align_special_tokens, load_model, prepare_tokenizer, resolve_precision
 from rlalign.llm.packing import Layout, Segment, micro_batches, segments
 from rlalign.llm.scoring import Packing, Scorer, base_model, packing_error, reason_against_packing, score_rollout
@@ -60,18 +61,19 @@ class Policy:
         self.forward: nn.Module = self._spread(self.scorer)
         self.here = TransformersEngine(self.model, accelerator)
         self.engine: Engine = build_engine(cfg.rollout.engine, self.here, accelerator)
-        self.notes: list[str] = []
+        self.notes = [*trained_dtype_notes(model, cfg.optim.learning_rate), *sharding_notes(accelerator)]
         self.reference = self._reference(adapter_is_fresh)
 
     @classmethod
     def build(cls, model: Any, tokenizer: Any, cfg: PolicyGradientConfig, peft_config: PeftConfig | None) -> "Policy":
         """Load what is a name, wrap it with an adapter when asked, and decide device and precision."""
         settings = cfg.model or ModelConfig(name=model if isinstance(model, str) else "in-memory")
-        settings = replace(model, name=model.name) if isinstance(model, ModelConfig) else settings
+        settings = model if isinstance(model, ModelConfig) else settings
         settings = replace(settings, name=model) if isinstance(model, str) else settings
         precision = resolve_precision(settings)
         options: dict[str, Any] = {"mixed_precision": "bf16" if precision.autocast else "no"} | cfg.accelerate
         accelerator = Accelerator(cpu=precision.device.type == "cpu", **options)
+        require_true_gradients(accelerator)
         if not isinstance(model, PreTrainedModel | PeftModel):
             model, loaded = load_model(settings)
             tokenizer = tokenizer or loaded
@@ -114,8 +116,8 @@ class Policy:
         """
         if self.packing is None:
             self._use(self._choose_packing(rollout))
-        optim, kl = self.cfg.optim, self.cfg.kl
-        read = optim.update_epochs * optim.minibatches > 1 or (kl.coef > 0 and kl.where == "reward")
+        kl = self.cfg.kl
+        read = self.cfg.optim.updates_per_rollout > 1 or (kl.coef > 0 and kl.where == "reward")
         if read and (self.accelerator.mixed_precision != "no" or rollout.log_prob_engine is not None):
             rollout = replace(rollout, log_prob_old=self.score(rollout, self.forward))
         if self.reference is not None:

@@ -1,9 +1,7 @@
 """Ready-made rewards of other packages in TRL's signature. Imported inside reward workers, so nothing heavy up here."""
 
 import ast
-import builtins
 import inspect
-import keyword
 import re
 import sys
 from collections.abc import Sequence
@@ -12,8 +10,16 @@ from typing import Any
 
 from rlalign.training import reward_wire
 
-_MATHS_BUILTINS = frozenset({"abs", "complex", "divmod", "float", "int", "max", "min", "pow", "round", "sum"})
-_CODE_NAMES = (frozenset(dir(builtins)) | frozenset(keyword.kwlist)) - _MATHS_BUILTINS - {"and", "or", "not", "_"}
+_MATHS_NAMES = frozenset(
+    (
+        "abs Abs sign sqrt cbrt root exp log ln pow Pow mod Mod gcd lcm max Max min Min round floor ceiling "
+        "sin cos tan cot sec csc asin acos atan atan2 acot asec acsc sinh cosh tanh coth sech csch asinh acosh atanh "
+        "acoth asech acsch sinc erf erfc erfi Ei Si Ci li LambertW gamma beta zeta factorial binomial re im conjugate "
+        "Integer Rational Float Integral Derivative pi oo "
+        "alpha delta epsilon eta theta iota kappa mu nu xi rho sigma tau upsilon phi chi psi omega"
+    ).split()
+)
+_SYMBOL = re.compile(r"[A-Za-z](_?[0-9]+)?")
 _LONGEST_EXPRESSION = 1000
 
 
@@ -48,7 +54,7 @@ class ReasoningGymReward:
     entry comes from the columns `answer` and `metadata`, or whole from a column `entry` (a dict or its JSON).
 
     Some tasks parse answers with Python's `eval`, directly or inside sympy. Model output must never run as code: those
-    tasks get `ast.literal_eval`, and an answer for sympy that is more than an expression scores 0.
+    tasks get `ast.literal_eval`, and an answer for sympy that is more than an expression of known names scores 0.
 
     Args:
         task: Name of the data set, or `auto` for the `source_dataset` in each entry's metadata (mixed tasks).
@@ -109,7 +115,14 @@ def extract_answer(text: str) -> str:
 
 
 def is_more_than_an_expression(text: str) -> bool:
-    """Whether a mathematical answer holds anything that sympy's parser would run as code, or is absurdly long."""
-    if len(text) > _LONGEST_EXPRESSION or "__" in text or re.search(r"['\"`\[{\\;:]|\.\s*[A-Za-z_]", text):
+    """Whether an answer holds anything but numbers, operators, symbols of one letter and known names of mathematics.
+
+    sympy's parser evaluates text with all of `from sympy import *` and Python's builtins in reach, among them
+    functions that open a window (`preview`, `plot`), run sympy's tests (`test`) or compile code (`lambdify`). So what
+    is not known to be mathematics is refused, and so is what is absurdly long.
+    """
+    if len(text) > _LONGEST_EXPRESSION or "__" in text or re.search(r"['\"`\[{\\;:@#]|\.\s*[A-Za-z_]", text):
         return True
-    return not _CODE_NAMES.isdisjoint(re.findall(r"[A-Za-z_]\w*", text))
+    # Python reads letters of other alphabets as their plain form: a fullwidth `eval` is `eval`.
+    names = re.findall(r"[A-Za-z_]\w*", text)
+    return not text.isascii() or not all(name in _MATHS_NAMES or _SYMBOL.fullmatch(name) for name in names)

@@ -4,10 +4,10 @@ import ast
 import difflib
 import importlib.util
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
@@ -90,7 +90,23 @@ def resolve_rewards(
             resolved.append(resolve_reward(item.function, weight=item.weight, arguments=item.args, key=where))
         else:
             resolved.append(resolve_reward(item, weight=factor, key=where))
-    return _distinct(resolved)
+    names = distinct([function.name for function in resolved])
+    return [replace(function, name=name) for function, name in zip(resolved, names, strict=True)]
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Number reward functions that share a name (two lambdas, say) from the second on, so that none hides another.
+
+    Example:
+        >>> distinct(["length", "length", "exact"])
+        ['length', 'length_2', 'exact']
+    """
+    result: list[str] = []
+    for name in names:
+        numbered = (f"{name}_{number}" for number in count(2))
+        free = (candidate for candidate in numbered if candidate not in result and candidate not in names)
+        result.append(next(free) if name in result else name)
+    return result
 
 
 def probe_reward(
@@ -104,16 +120,6 @@ def probe_reward(
     from rlalign.llm.reward_probe import probe
 
     return probe(resolve_reward(reward, arguments=arguments, key="reward"), rows=rows, timeout_s=timeout_s)
-
-
-def _distinct(functions: Sequence[RewardFunction]) -> list[RewardFunction]:
-    seen: Counter[str] = Counter()
-    distinct = []
-    for function in functions:
-        seen[function.name] += 1
-        count = seen[function.name]
-        distinct.append(function if count == 1 else replace(function, name=f"{function.name}_{count}"))
-    return distinct
 
 
 def _callable_name(function: Callable[..., Any]) -> str:

@@ -8,8 +8,9 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlalign.advantages.metrics import live_groups
-from rlalign.buffers import TrainBatch
+from rlalign.advantages.config import AdvantageConfig, GroupEstimatorConfig
+from rlalign.advantages.metrics import groups_that_differ, live_groups
+from rlalign.buffers import Rollout, TrainBatch
 from rlalign.llm.collect import Scored
 from rlalign.llm.config import LogConfig, PolicyGradientConfig
 from rlalign.llm.engine import LARGEST_GAP, gap_note
@@ -50,6 +51,11 @@ class StepMetrics:
             # Shares of this process's rows become counts, so that processes can be added up.
             self._add(name, value * (len(scored.texts) if name.endswith("_frac") else 1))
 
+    def rewarded(self, rollout: Rollout, cfg: AdvantageConfig) -> None:
+        """After gathering, before a KL penalty joins the rewards and hides which groups the functions tell apart."""
+        self.rewards = rollout.outcome[rollout.scored].tolist()
+        self.differ = groups_that_differ(rollout, by_part=isinstance(cfg, GroupEstimatorConfig) and cfg.decompose)
+
     def scored(
         self,
         cfg: PolicyGradientConfig,
@@ -89,9 +95,10 @@ class StepMetrics:
             **{f"reward/{name}_mean": float(part.nanmean()) for name, part in batch.reward_parts.items()},
             "reward/error_frac": sums["reward/error_frac"] / max(sums["rows"], 1.0),
             "reward/timeout_count": sums["reward/timeout_count"],
+            "reward/constant_group_frac": float((~self.differ).double().mean()),
             **{f"custom/{name}": value for name, value in self.rows.logged.items()},
             "signal/group_frac": float(live.double().mean()),
-            "signal/groups_skipped": self.skipped / cfg.optim.update_epochs,
+            "signal/groups_skipped": float(self.skipped),
             "policy/entropy_nats": sums["entropy"] / decisions,
             "policy/clip_low_frac": sums["clip_low"] / decisions,
             "policy/clip_high_frac": sums["clip_high"] / decisions,
@@ -138,7 +145,7 @@ class StepMetrics:
 
     def watch(self, watch: SignalWatch, step: int, batch: TrainBatch) -> list[str]:
         """Tell the watch about the finished step; return what it has to say."""
-        live = live_groups(batch.advantages.abs().amax(1), batch.group)
+        live = self.differ & live_groups(batch.advantages.abs().amax(1), batch.group)
         with warnings.catch_warnings():
             # The journal shows the text; a warning would tear the live board.
             warnings.simplefilter("ignore", NoSignalWarning)
@@ -146,20 +153,23 @@ class StepMetrics:
                 step,
                 groups=len(live),
                 groups_without_signal=int((~live).sum()),
-                rewards=batch.outcome[batch.scored].tolist(),
+                rewards=self.rewards,
             )
         notes = [] if text is None else [text]
-        if batch.log_prob_engine is not None and self.gap > LARGEST_GAP and not self.gap_told:
+        if self.gap > LARGEST_GAP and not self.gap_told:
             self.gap_told = True
-            notes.append(gap_note(self.gap))
+            notes.append(gap_note(self.gap, external=batch.log_prob_engine is not None))
         return notes
 
     def _add_gap(self, log_prob: Tensor, old: Tensor, batch: TrainBatch, here: Tensor) -> None:
         """How far the log-probabilities that sampling reported are from the trainer's.
 
-        An engine's are compared with those at collection, so updates since then do not count.
+        Updates since then do not count: an engine's are compared with the trainer's at collection, and those of the
+        trained model itself only before the rollout's first update.
         """
         engine = batch.log_prob_engine
+        if engine is None and self.norms:
+            return
         gap = (log_prob - batch.log_prob_old if engine is None else old - engine).abs()[here]
         known = gap[~gap.isnan()]
         name = _gap_max(self.accelerator.process_index)

@@ -23,7 +23,7 @@ from rlalign.llm.objectives import engine_weights, kl_penalty, penalised, policy
 from rlalign.llm.packing import Layout, token_count
 from rlalign.llm.step_metrics import StepMetrics
 from rlalign.optim.step import finite_step, set_learning_rate
-from rlalign.training.distributed import gather_rollout
+from rlalign.training.distributed import gather_json, gather_rollout, own_share
 from rlalign.training.schedules import lr_scale
 from rlalign.training.seeding import generator, rng_state, set_rng_state
 
@@ -165,7 +165,9 @@ class PolicyGradientTrainer:
                 rollout = self.policy.complete(rollout)
             if "baseline_reward" in self.estimator.needs:
                 rollout = self.with_greedy_baseline(rollout, mine, prompts)
-            return gather_rollout(penalised(rollout, self.config.kl), self.accelerator)
+            rollout = gather_rollout(rollout, self.accelerator)
+        self.metrics.rewarded(rollout, self.config.advantage)
+        return penalised(rollout, self.config.kl)
 
     def with_greedy_baseline(self, rollout: Rollout, rows: list[int], prompts: list[list[int]]) -> Rollout:
         """Add the outcome of each prompt's most probable completion (ReMax); without one its group is not scored."""
@@ -245,7 +247,7 @@ class PolicyGradientTrainer:
     def take_step(self) -> None:
         """Clip, check and apply the gradient at the scheduled learning rate."""
         cfg = self.config.optim
-        total = self.config.total_steps * cfg.update_epochs * cfg.minibatches
+        total = self.config.total_steps * cfg.updates_per_rollout
         scale = lr_scale(
             self.updates, warmup_steps=min(cfg.warmup_steps, total), total_steps=total, schedule=cfg.schedule
         )
@@ -282,7 +284,7 @@ class PolicyGradientTrainer:
     @property
     def on_policy(self) -> bool:
         """Every rollout is used for exactly one update."""
-        return self.config.optim.update_epochs * self.config.optim.minibatches == 1
+        return self.config.optim.updates_per_rollout == 1
 
     @property
     def finished(self) -> bool:
@@ -297,9 +299,12 @@ class PolicyGradientTrainer:
         if self.config.log.samples_every and self.step % self.config.log.samples_every == 0:
             journal.samples(f"step-{self.step:06d}", self.metrics.sample_rows(self.step, batch, self.config.log))
         journal.notes(self.policy.new_notes())
-        journal.notes(self.metrics.watch(self.watch, self.step, batch))
-        if self.callback is not None:
-            self.callback(self.step, metrics)
+        try:
+            journal.notes(self.metrics.watch(self.watch, self.step, batch))
+            if self.callback is not None:
+                self.callback(self.step, metrics)
+        except Exception as error:  # the step is whole, so it is saved before the watch, or code of yours, ends the run
+            self.session.stop_with(error)
         return metrics
 
     def evaluate(self) -> dict[str, float]:
@@ -321,7 +326,8 @@ class PolicyGradientTrainer:
                 "budget": self.budget.state_dict(),
                 "estimator": self.estimator.state_dict(),
                 "evaluator": self.evaluator.state_dict(),
-                "guard": self.guard.state_dict(),
+                # Each process counts the failures of its own rows.
+                "guard": gather_json(self.guard.state_dict(), self.accelerator),
                 "watch": self.watch.state_dict(),
             },
             "buffer": self.buffer.state_dict(),
@@ -334,8 +340,9 @@ class PolicyGradientTrainer:
         self.policy.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.updates = trainer["step"], trainer["updates"]
-        for name in ("budget", "estimator", "evaluator", "guard", "watch"):
+        for name in ("budget", "estimator", "evaluator", "watch"):
             vars(self)[name].load_state_dict(trainer[name])
+        self.guard.load_state_dict(own_share(trainer["guard"], self.accelerator))
         self.buffer.load_state_dict(state["buffer"])
         set_rng_state(state["rng"])
 

@@ -11,7 +11,8 @@ import hashlib
 import inspect
 import logging
 import math
-from collections import Counter, deque
+import os
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -26,8 +27,10 @@ from torch.nn import Module
 from rlalign.advantages.config import AdvantageConfig, BetaNormalized, GroupEstimatorConfig, ReinforcePlusPlus
 from rlalign.advantages.estimators import build_estimator
 from rlalign.buffers.rollout import Rollout
+from rlalign.llm.rewards import distinct
 
 try:
+    from huggingface_hub import constants
     from trl import GRPOConfig, GRPOTrainer
 except ImportError as error:
     raise ImportError(f"rlalign.llm.trl_compat needs TRL ({error}): pip install 'rlalign[llm]'") from error
@@ -54,7 +57,16 @@ def check_trl(installed: str, trainer: type) -> None:
         logger.warning(f"TRL {installed} is untested with rlalign's drop-in (tested: {TESTED_TRL[0]}): {fix}.")
 
 
+def no_telemetry() -> None:
+    """Keep TRL's trainers from reporting to the Hub when they are made, unless the user said which it shall be."""
+    if "HF_HUB_DISABLE_TELEMETRY" not in os.environ:
+        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+        # huggingface_hub read the variable when it was first imported, which may have been long ago.
+        constants.HF_HUB_DISABLE_TELEMETRY = True
+
+
 check_trl(version("trl"), GRPOTrainer)
+no_telemetry()
 
 
 class BNPOTrainer(GRPOTrainer):
@@ -166,16 +178,6 @@ def with_part_weights(advantage: AdvantageConfig, weights: Mapping[str, float], 
             "Set one of them."
         )
     return advantage
-
-
-def distinct(names: Sequence[str]) -> list[str]:
-    """Number the reward functions that share a name (two lambdas, say), so that none hides another."""
-    total, seen = Counter(names), Counter()
-    result = []
-    for name in names:
-        seen[name] += 1
-        result.append(f"{name}_{seen[name]}" if total[name] > 1 else name)
-    return result
 
 
 def decision_count(output: Mapping[str, Any]) -> Int[Tensor, " rows"]:

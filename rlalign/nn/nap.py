@@ -9,150 +9,33 @@ Reference:
     Lyle et al. 2024 (arXiv:2407.01800), §4.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-Tensors = Literal["strict", "all_hidden"]
-Net = TypeVar("Net", bound=nn.Module)
-
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-NONLINEARITIES = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
-    *(nn.Softplus, nn.Softsign, nn.Tanh, nn.Sigmoid, nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid),
+from rlalign.nn.normalized import (
+    NONLINEARITIES,
+    Normalized,
+    Wiring,
+    projected_weights,
+    register_block,
+    to_normalized,
 )
-# Between a layer and its nonlinearity these keep a scaled input a scaled output.
-PASSING = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d)
 
-
-class Normalized(nn.Module):
-    """A layer without bias and the norm behind it: its output does not depend on the size of the layer's weight."""
-
-    def __init__(self, layer: nn.Module, norm: nn.Module):
-        super().__init__()
-        self.layer, self.norm = layer, norm
-
-    @property
-    def weight(self) -> Tensor:
-        weight = self.layer.weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    @property
-    def bias(self) -> None:
-        return None
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.norm(self.layer(input))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wiring:
-    """What the `forward` of a block does with its layers, by their attribute names."""
-
-    nonlinearity: Sequence[str] = ()
-    """Layers whose output goes into a nonlinearity and nowhere else."""
-    norm: Mapping[str, str] = field(default_factory=dict)
-    """Layers whose output goes into a norm and nowhere else, and which."""
-
-
-# The second linear layer and attention's feed the residual stream, where the size of a weight matters.
-_WIRINGS: dict[type[nn.Module], Wiring] = {
-    nn.TransformerEncoderLayer: Wiring(nonlinearity=("linear1",)),
-    nn.TransformerDecoderLayer: Wiring(nonlinearity=("linear1",)),
-}
-
-
-def register_block(kind: type[nn.Module], wiring: Wiring) -> None:
-    """Tell `to_normalized` how a block of yours is wired; `nn.Sequential` and PyTorch's transformer layers it knows.
-
-    Example:
-        >>> class Residual(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
-        ...     def forward(self, x):
-        ...         return x + self.down(self.up(x).relu())
-        >>> register_block(Residual, Wiring(nonlinearity=["up"]))
-        >>> list(projected_weights(to_normalized(Residual(), output=False)))
-        ['up.layer.weight']
-    """
-    _WIRINGS[kind] = wiring
-
-
-def to_normalized(module: Net, *, output: bool = True) -> Net:
-    """Put a norm without scale and offset between every hidden layer and its nonlinearity, in place.
-
-    Layers get a LayerNorm, convolutions a GroupNorm over all channels and pixels; the layer's bias goes, since scaling
-    the weight would change its share. A norm that stands there already is kept. This changes the function: do it before
-    training, and before an optimizer takes the parameters.
-
-    Args:
-        module: A network of `nn.Sequential`s and registered blocks; anything else in it stays as it is.
-        output: The last layer is the network's output, and left alone. False for a trunk that ends in hidden features.
-
-    Returns:
-        The module that was passed.
-
-    Raises:
-        ValueError: A hidden layer has a single feature, which a norm would make constant; or the module is a layer.
-    """
-    if isinstance(module, LAYERS):
-        raise ValueError("a single layer has no hidden part to normalise; pass the network that holds it.")
-    kept = _output_layers(module) if output else set()
-    done: dict[int, Normalized] = {}
-    for block in list(module.modules()):
-        for name, norm_name in _hidden_layers(block):
-            layer = block.get_submodule(name)
-            if not isinstance(layer, LAYERS) or id(layer) in kept:
-                continue
-            if id(layer) not in done:
-                norm = _new_norm(layer) if norm_name is None else block.get_submodule(norm_name)
-                layer.register_parameter("bias", None)
-                done[id(layer)] = Normalized(layer, norm)
-            block.register_module(name, done[id(layer)])
-            if norm_name is not None:
-                block.register_module(norm_name, nn.Identity())
-        _no_fused_inference(block)
-    return module
-
-
-def projected_weights(
-    module: nn.Module, *, tensors: Tensors = "strict", output: bool = True
-) -> dict[str, tuple[nn.Parameter, ...]]:
-    """Name the tensors whose size is to stay: never the output layer's, embeddings, or anything tied to them.
-
-    Args:
-        module: A network after `to_normalized`.
-        tensors: `strict`: weights whose output provably meets a norm, so that projection does not change the function.
-            `all_hidden`: every weight of a layer but the last one's; attention and residual branches included.
-        output: As for `to_normalized`.
-
-    Returns:
-        Tensors that keep one norm together, by name: a weight alone, or the learned scale and offset of a norm behind a
-        projected weight, which would otherwise grow in its place. Keeping those does not change the function if the
-        nonlinearity is homogeneous (ReLU) and a projected layer follows, and does otherwise.
-    """
-    kept = _output_layers(module) if output else set()
-    barred = kept if tensors == "all_hidden" else kept | _bare_layers(module)
-    excluded = {
-        id(p)
-        for part in module.modules()
-        if id(part) in barred or isinstance(part, nn.Embedding | nn.EmbeddingBag)
-        for p in part.parameters(recurse=False)
-    }
-    groups: dict[str, tuple[nn.Parameter, ...]] = {}
-    for name, group in _candidates(module, tensors):
-        if not excluded & {id(p) for p in group}:
-            groups[name] = group
-            excluded |= {id(p) for p in group}
-    return groups
+__all__ = [
+    "Normalized",
+    "Projector",
+    "Wiring",
+    "dormant_metrics",
+    "dormant_share",
+    "projected_weights",
+    "register_block",
+    "to_normalized",
+]
 
 
 class Projector:
@@ -162,14 +45,15 @@ class Projector:
     the norms of that moment are the ones kept, and they belong in the checkpoint.
 
     Args:
-        groups: Tensors by name, from `projected_weights`; those of one entry share a norm.
+        module: One or several networks after `to_normalized`; `projected_weights` says what is held.
         every: Optimizer steps between two projections.
 
     Raises:
         ValueError: There is nothing to project.
     """
 
-    def __init__(self, groups: Mapping[str, Sequence[nn.Parameter]], *, every: int = 1):
+    def __init__(self, module: nn.Module, *, every: int = 1):
+        groups = projected_weights(module)
         if not groups:
             raise ValueError(
                 "no weight meets a norm: call `to_normalized` first, describe your own blocks with `register_block`, "
@@ -270,66 +154,3 @@ def dormant_metrics(module: nn.Module, inputs: Tensor, *, tau: float | int = 0.0
     if not shares:
         raise ValueError("dormant units are looked for behind nonlinearities that are modules, and there is none.")
     return {"nap/dormant_frac": float(torch.stack(shares).mean())}
-
-
-def _hidden_layers(block: nn.Module) -> Iterator[tuple[str, str | None]]:
-    """Name a block's layers that meet a norm or a nonlinearity, and the norm where there is one."""
-    if isinstance(block, nn.Sequential):
-        names = list(block._modules)
-        for position, name in enumerate(names):
-            following = [
-                other for other in names[position + 1 :] if not isinstance(block.get_submodule(other), PASSING)
-            ]
-            behind = block.get_submodule(following[0]) if following else None
-            if isinstance(behind, NORMS) and following[0] == names[position + 1]:
-                yield name, following[0]
-            elif isinstance(behind, NONLINEARITIES):
-                yield name, None
-        return
-    for kind, wiring in _WIRINGS.items():
-        if isinstance(block, kind):
-            yield from wiring.norm.items()
-            yield from ((name, None) for name in wiring.nonlinearity)
-
-
-def _candidates(module: nn.Module, tensors: Tensors) -> Iterator[tuple[str, tuple[nn.Parameter, ...]]]:
-    for name, part in module.named_modules():
-        prefix = f"{name}." if name else ""
-        if isinstance(part, Normalized):
-            yield f"{prefix}layer.weight", (part.layer.get_parameter("weight"),)
-            affine = tuple(part.norm.parameters(recurse=False))
-            if affine:
-                yield f"{prefix}norm", affine
-        elif tensors == "all_hidden" and isinstance(part, LAYERS):
-            yield f"{prefix}weight", (part.get_parameter("weight"),)
-        elif tensors == "all_hidden" and isinstance(part, nn.MultiheadAttention):
-            packed = [(n, p) for n, p in part.named_parameters(recurse=False) if n.endswith("proj_weight")]
-            yield from ((f"{prefix}{n}", (p,)) for n, p in packed)
-
-
-def _output_layers(module: nn.Module) -> set[int]:
-    layers = [part for part in module.modules() if isinstance(part, LAYERS)]
-    return {id(layer) for layer in layers[-1:]}
-
-
-def _bare_layers(module: nn.Module) -> set[int]:
-    """Layers that are used without a norm behind them, there or somewhere else."""
-    holders = (part for part in module.modules() if not isinstance(part, Normalized))
-    return {id(child) for holder in holders for child in holder.children() if isinstance(child, LAYERS)}
-
-
-def _new_norm(layer: nn.Module) -> nn.Module:
-    weight = layer.get_parameter("weight")
-    if weight.shape[0] < 2 and isinstance(layer, nn.Linear):
-        raise ValueError(f"a norm would make the single feature of {layer} constant; widen the layer.")
-    if isinstance(layer, nn.Linear):
-        return nn.LayerNorm(layer.out_features, elementwise_affine=False).to(weight)
-    return nn.GroupNorm(1, weight.shape[0], affine=False).to(weight)
-
-
-def _no_fused_inference(block: nn.Module) -> None:
-    """Keep PyTorch's transformer from its fused inference, which would compute `linear1` without the norm."""
-    if isinstance(block, nn.TransformerEncoderLayer):
-        block.activation_relu_or_gelu = 0
-    elif isinstance(block, nn.TransformerEncoder):
-        block.use_nested_tensor = False

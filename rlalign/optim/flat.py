@@ -19,21 +19,25 @@ class FlatParameters:
     """
 
     def __init__(self, module: nn.Module):
-        parameters = [p for p in module.parameters() if p.requires_grad]
+        trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        parameters = list(trainable.values())
         if not parameters:
             raise ValueError("no parameter is trainable: every `requires_grad` is False.")
         kinds = {(p.dtype, p.device) for p in parameters}
         if len(kinds) > 1:
-            raise ValueError(f"parameters must share dtype and device to share a buffer, got {sorted(map(str, kinds))}.")
+            raise ValueError(f"parameters must share dtype and device for one buffer, got {sorted(map(str, kinds))}.")
         self.parameter = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
         """The buffer, for an optimizer."""
         self.parameter.grad = torch.zeros_like(self.parameter)
-        sizes = [p.numel() for p in parameters]
-        values = self.parameter.detach().split(sizes)
-        gradients = self.parameter.grad.split(sizes)
-        for parameter, value, gradient in zip(parameters, values, gradients, strict=True):
-            parameter.data = value.view_as(parameter)
-            parameter.grad = gradient.view_as(parameter)
+        self.shapes = {name: p.shape for name, p in trainable.items()}
+        values, gradients = self.named(self.parameter.detach()), self.named(self.parameter.grad)
+        for name, parameter in trainable.items():
+            parameter.data, parameter.grad = values[name], gradients[name]
+
+    def named(self, vector: Float[Tensor, " parameters"]) -> dict[str, Tensor]:
+        """Views of a vector laid out like the buffer, by the name and in the shape of each parameter."""
+        parts = vector.split([shape.numel() for shape in self.shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
     def clip(self, max_norm: float | None) -> Float[Tensor, ""]:
         """Scale the gradient to norm `max_norm` where it is larger; return its norm before."""

@@ -3,12 +3,20 @@
 import os
 import sys
 from collections.abc import Mapping
-from math import isfinite, nan
+from math import inf, isfinite, nan
 from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
-from rlalign.training.board_panel import REWARD, BoardState, evaluation_words, first_of, panel, step_line
+from rlalign.training.board_panel import (
+    REWARD,
+    BoardState,
+    clock_speed,
+    evaluation_words,
+    first_of,
+    panel,
+    step_line,
+)
 from rlalign.training.report_data import as_number
 from rlalign.training.terminal_stream import EnduringStream, TextStream
 from rlalign.training.untrusted_text import as_text, excerpt, one_line
@@ -16,6 +24,9 @@ from rlalign.training.untrusted_text import as_text, excerpt, one_line
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.live import Live
+
+_REDRAW_S = 0.5
+"""An agent's iterations take milliseconds: its board shows one of them this often."""
 
 
 class Board:
@@ -50,7 +61,7 @@ class Board:
         self._wants_panel = not quiet and (self._on_terminal() if enabled is None else enabled)
         self._quiet = quiet
         self._live: Live | None = None
-        self._last_call = perf_counter()
+        self._last_call, self._last_shown = perf_counter(), -inf
 
     def __enter__(self) -> "Board":
         self._last_call = perf_counter()
@@ -73,9 +84,13 @@ class Board:
         state.step, state.metrics = int(step), _numbers(metrics)
         logged = state.metrics.get("time/step_s", nan)
         state.step_seconds.append(logged if isfinite(logged) and logged >= 0 else now - self._last_call)
+        speed = clock_speed(state.metrics)
+        state.step_counts.append(1.0 if speed is None else max(speed * state.step_seconds[-1], 1.0))
         state.rewards.append(first_of(state.metrics, REWARD))
         self._last_call = now
-        self._show(step_line(state))
+        if speed is None or state.step >= state.total_steps or now - self._last_shown >= _REDRAW_S:
+            self._last_shown = now
+            self._show(step_line(state))
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show a held-out evaluation."""

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-REWARD = ("reward/mean", "episode/return_mean", "return/mean")
-_SPREAD = ("reward/std", "episode/return_std", "return/std")
+REWARD = ("episode/return_mean", "reward/mean", "return/mean")
+_SPREAD = ("episode/return_std", "reward/std", "return/std")
+_CLOCKS = ("throughput/env_steps_per_s", "throughput/updates_per_s")
+"""Where the clock counts more than one step per record, one of these says how fast it runs."""
 _NOT_PHASES = frozenset({"time/step_s", "time/total_s", "time/elapsed_s"})
 _SPARKS = " ▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 48
@@ -33,19 +35,32 @@ class BoardState:
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     rewards: deque[float] = field(default_factory=lambda: deque(maxlen=4_000))
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+    step_counts: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+    """Steps of the clock in each of `step_seconds`: 1, or what an agent's iteration took."""
     sample: tuple[str, str, float | None] | None = None
 
     @property
     def eta_seconds(self) -> float:
-        """Seconds to the last step at the pace of the last twenty; NaN before the first."""
+        """Seconds to the last step at the pace of the last twenty records; NaN before the first."""
         if not self.step_seconds:
             return nan
-        return max(self.total_steps - self.step, 0) * sum(self.step_seconds) / len(self.step_seconds)
+        return max(self.total_steps - self.step, 0) * sum(self.step_seconds) / sum(self.step_counts)
+
+    @property
+    def episodic(self) -> bool:
+        """An agent's run: its clock counts decisions or updates, and records are iterations."""
+        return clock_speed(self.metrics) is not None
 
 
 def first_of(metrics: Mapping[str, float], names: tuple[str, ...]) -> float:
     """The first of several names for the same thing that was logged, NaN when none was."""
     return next((metrics[name] for name in names if name in metrics), nan)
+
+
+def clock_speed(metrics: Mapping[str, float]) -> float | None:
+    """Steps of an agent's clock per second; None where the clock counts records."""
+    speed = first_of(metrics, _CLOCKS)
+    return speed if isfinite(speed) and speed > 0 else None
 
 
 def figures(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -55,7 +70,7 @@ def figures(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     spread = first_of(metrics, _SPREAD)
     reward = _shown(metrics, reward_name) + (f" ±{format_number(spread)}" if isfinite(spread) else "")
     found = [
-        ("reward" if reward_name == REWARD[0] else "return", reward if reward_name else ""),
+        ("reward" if reward_name == "reward/mean" else "return", reward if reward_name else ""),
         ("signal", f"{format_share(metrics['signal/group_frac'])}%" if "signal/group_frac" in metrics else ""),
         ("entropy", _shown(metrics, "policy/entropy_nats")),
         ("kl", _shown(metrics, "policy/kl")),
@@ -67,9 +82,10 @@ def figures(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
 
 def step_line(state: BoardState) -> str:
     """One step in one line."""
-    words = [f"step  {state.step:>6}/{state.total_steps}"]
+    words = [f"step  {state.step:>{max(6, len(str(state.total_steps)))}}/{state.total_steps}"]
     words += [f"{label} {value}" for label, value in figures(state.metrics)]
-    words.append(f"{format_duration(state.step_seconds[-1] if state.step_seconds else nan)}/step")
+    if not state.episodic:  # an agent's speed stands among its figures
+        words.append(f"{format_duration(state.step_seconds[-1] if state.step_seconds else nan)}/step")
     words.append(f"ETA {format_duration(state.eta_seconds)}")
     return "  ".join(words)
 
@@ -147,7 +163,8 @@ def _sparkline_row(state: BoardState) -> "Text | None":
     if len(finite) < 2:
         return None
     ends = f"  {format_number(min(finite))} to {format_number(max(finite))}"
-    return _line(("reward  ", "dim"), (sparkline(list(state.rewards)), "green"), (ends, "dim"))
+    label = "return  " if state.episodic else "reward  "
+    return _line((label, "dim"), (sparkline(list(state.rewards)), "green"), (ends, "dim"))
 
 
 def _evaluation_row(state: BoardState) -> "Text | None":

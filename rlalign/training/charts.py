@@ -27,6 +27,8 @@ class Line:
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     marks: bool = False
+    band: bool = False
+    """With `marks`: draw the band too."""
     color: int = 1
 
 
@@ -62,6 +64,8 @@ def line_chart(
     number = format_share if share else format_number
     body = [_axes(x_scale, y_scale, width, percent=share)]
     for line in lines:
+        if line.marks and line.band:
+            body.extend(_band(line, x_scale, y_scale))
         body.append(_marks(line, x_scale, y_scale) if line.marks else _curve(line, x_scale, y_scale))
     body.extend(_gaps(line, x_scale) for line in lines)
     hover = _hover(lines, x_scale, unit="%" if share else unit, number=number)
@@ -214,12 +218,19 @@ def _hover(
     texts: dict[float, list[str]] = {}
     for line in lines:
         for index, (step, value) in enumerate(zip(line.steps, line.values, strict=True)):
-            spread = ""
-            if line.low is not None and isfinite(line.low[index]):
-                spread = f" ± {number(value - line.low[index])}"
+            spread = _spread_text(line, index, number)
             name = f"{line.label} " if line.label else ""
             texts.setdefault(step, []).append(f"{name}{number(value)}{spread} {unit}".strip())
     return [[round(x_scale(step), 1), f"{_step_text([step])}: {' · '.join(texts[step])}"] for step in sorted(texts)]
+
+
+def _spread_text(line: Line, index: int, number: Callable[[float], str]) -> str:
+    if line.low is None or line.high is None or not isfinite(line.low[index]):
+        return ""
+    value, low, high = line.values[index], line.low[index], line.high[index]
+    if abs((high - value) - (value - low)) <= 1e-6 * (high - low):
+        return f" ± {number(value - low)}"
+    return f" ({number(low)} to {number(high)})"
 
 
 def _step_text(steps: Sequence[float]) -> str:

@@ -52,7 +52,7 @@ class Checkpoints:
 
     Args:
         root: Folder that holds the checkpoints; created by the first save.
-        keep: How many of the newest to keep; those saved with `keep_forever` come on top.
+        keep: How many of the newest to keep.
     """
 
     def __init__(self, root: Path, *, keep: int = 2) -> None:
@@ -61,7 +61,7 @@ class Checkpoints:
         self.root = Path(root)
         self.keep = keep
 
-    def save(self, step: int, state: Mapping[str, Any], *, keep_forever: bool = False) -> Path:
+    def save(self, step: int, state: Mapping[str, Any]) -> Path:
         """Write a checkpoint, then prune older ones.
 
         The files go to a temporary folder, are flushed, listed with their SHA-256 in a manifest and moved into place
@@ -86,7 +86,6 @@ class Checkpoints:
             manifest = Manifest(
                 step=step,
                 sequence=1 + max((m.sequence for _, m in self._readable()), default=0),
-                keep_forever=keep_forever,
                 files=files,
                 versions=library_versions(),
             )
@@ -128,6 +127,11 @@ class Checkpoints:
         if reasons:
             raise CheckpointError(f"no checkpoint in {self.root} is intact:\n- " + "\n- ".join(reasons))
         raise CheckpointError(f"there is no checkpoint in {self.root}.")
+
+    @property
+    def empty(self) -> bool:
+        """Nothing was ever saved here: there is no checkpoint, not even one that `load` refuses."""
+        return not self._folders()
 
     def latest(self) -> Path | None:
         """Newest checkpoint whose manifest is intact; hashes are checked by `load`."""
@@ -230,8 +234,7 @@ class Checkpoints:
             warnings.warn(f"{final} is saved, but tidying up failed: {error}", CheckpointWarning, stacklevel=3)
 
     def _prune(self) -> None:
-        removable = sorted((pair for pair in self._readable() if not pair[1].keep_forever), key=_age)
-        for folder, _ in removable[: -self.keep]:
+        for folder, _ in sorted(self._readable(), key=_age)[: -self.keep]:
             # Renamed first, so that a half-removed checkpoint is never taken for a damaged one.
             doomed = folder.with_name(f"{folder.name.split('.')[0]}.tmp-{os.getpid()}")
             os.rename(folder, doomed)

@@ -70,6 +70,11 @@ def gather_json(value: Any, accelerator: Accelerator) -> list[Any]:
     return [json.loads(part.cpu().numpy().tobytes()) for part in gather_ragged(text, accelerator)]
 
 
+def own_share(values: Sequence[Any], accelerator: Accelerator) -> Any:
+    """This process's entry of what `gather_json` gave; with another number of processes, one that another had."""
+    return values[accelerator.process_index % len(values)]
+
+
 def sum_over_processes(values: Mapping[str, float], accelerator: Accelerator) -> dict[str, float]:
     """Add up each process's numbers, name by name."""
     if accelerator.num_processes == 1:

@@ -62,7 +62,7 @@ class RewardGuard:
         on_error: `abstain` leaves failed rows out of every baseline, `penalty` gives them `penalty`, `raise` stops.
             `abstain` and `penalty` begin after the first batch: an error there is most likely a bug, and costs nothing.
         error_budget: The run stops when more than this share of the last 200 rows failed.
-        errors_dir: Gets the first failing sample of each kind as JSON and what the workers print.
+        errors_dir: Gets the first failing sample of each kind as JSON and what the workers print; made when needed.
         start_timeout_s: Longest an import of the function may take.
         memory_limit_gb: Of each worker process; half of the machine.
 
@@ -98,8 +98,6 @@ class RewardGuard:
         self.timeout_s, self.row_timeout_s = timeout_s, row_timeout_s or timeout_s / 4
         self.on_error, self.penalty, self.error_budget = on_error, penalty, error_budget
         self.errors_dir = errors_dir
-        if errors_dir is not None:
-            errors_dir.mkdir(parents=True, exist_ok=True)
         self._batches = 0
         self._recent: list[int] = []
         self._runners = [
@@ -240,7 +238,6 @@ class RewardGuard:
                 if result.failed
             ],
             seconds=seconds,
-            function_seconds={name: reply.seconds for name, reply in zip(names, replies, strict=False)},
         )
 
     def _value(self, result: RowResult) -> float:

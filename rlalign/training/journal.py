@@ -71,6 +71,11 @@ class Journal:
         if self.log is not None:
             self.log.truncate_after(step, records=records)
 
+    def sync(self) -> None:
+        """Have the metrics on the disk: a checkpoint that counts them is about to be."""
+        if self.log is not None:
+            self.log.sync()
+
     @property
     def records(self) -> int:
         return 0 if self.log is None else len(self.log)

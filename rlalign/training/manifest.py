@@ -28,8 +28,6 @@ class Manifest:
     sequence: int
     """Counts saves of a run, so the newest is known even after training went back to an earlier step."""
 
-    keep_forever: bool
-
     files: dict[str, dict[str, Any]]
     """For each file its `bytes` and `sha256`."""
 

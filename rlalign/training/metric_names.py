@@ -73,6 +73,67 @@ _KNOWN = {
     "rollout/tokens_if_unrewarded_mean": Metric(title="Length when not rewarded", unit="tokens", from_zero=True),
     "eval/reward_mean": Metric(title="Held-out reward"),
     "eval/return_mean": Metric(title="Held-out return"),
+    "eval/return_min": Metric(title="Worst held-out return"),
+    "eval/length_mean": Metric(title="Held-out episode length", unit="steps", from_zero=True),
+    "episode/count": Metric(title="Episodes ended so far", unit="episodes", from_zero=True),
+    "policy/improvement": Metric(title="Surrogate gain of the step", note="Of the step that was taken; 0 when none was."),
+    "policy/step_accepted": Metric(
+        title="Natural-gradient steps accepted", share=True, from_zero=True, note="The others left the policy as it was."
+    ),
+    "policy/backtracks_count": Metric(title="Line-search backtracks", unit="backtracks", from_zero=True),
+    "policy/loss": Metric(title="Policy loss"),
+    "policy/log_prob_nats": Metric(title="Log-likelihood of the data's actions", unit="nats"),
+    "policy/weight_mean": Metric(title="Mean weight of the data's actions", from_zero=True),
+    "policy/weight_zero_frac": Metric(title="Data with weight zero", share=True, from_zero=True),
+    "policy/weight_capped_frac": Metric(title="Weights cut at their cap", share=True, from_zero=True),
+    "policy/q_mean": Metric(title="Q of the policy's actions"),
+    "policy/grad_norm": Metric(title="Gradient norm, policy", from_zero=True),
+    "optim/policy_grad_norm": Metric(title="Gradient norm, policy", from_zero=True, note="Of the surrogate."),
+    "optim/updates": Metric(title="Optimizer steps", from_zero=True),
+    "value/error": Metric(
+        title="Error of the critic", from_zero=True, note="What it minimises: squared error, or cross entropy over bins."
+    ),
+    "value/explained_variance": Metric(
+        title="Variance explained by the critic",
+        note="1: it foresaw every return. 0: no better than a constant. Below 0: worse.",
+    ),
+    "value/return_mean": Metric(title="Targets of the critic", note="Mean over the decisions of the rollout."),
+    "value/outside_frac": Metric(
+        title="Targets outside the bins", share=True, from_zero=True, note="They are learned as the nearest end."
+    ),
+    "value/support_low": Metric(title="Lowest bin of the critic"),
+    "value/support_high": Metric(title="Highest bin of the critic"),
+    "value/loss": Metric(title="Value loss", from_zero=True),
+    "value/mean": Metric(title="Value"),
+    "value/grad_norm": Metric(title="Gradient norm, value", from_zero=True),
+    "value/residual_mean": Metric(title="Mean Bellman residual"),
+    "value/residual_max": Metric(title="Largest Bellman residual"),
+    "q/loss": Metric(title="Q loss", from_zero=True),
+    "q/target_mean": Metric(title="Targets of Q"),
+    "q/outside_frac": Metric(title="Targets outside the bins", share=True, from_zero=True),
+    "q/grad_norm": Metric(title="Gradient norm, Q", from_zero=True),
+    "nap/norm_growth": Metric(title="Weight norms against their start", note="1 where projection holds them."),
+    "nap/effective_learning_rate": Metric(
+        title="Effective learning rate", from_zero=True, note="Learning rate over weight norm: how far a step turns."
+    ),
+    "nap/dormant_frac": Metric(title="Dormant units", share=True, from_zero=True),
+}
+_OF_AGENTS = {  # where the same name means something else, or needs other words
+    "reward/mean": Metric(title="Outcome", note="Mean over the episodes of the wave, as compared within groups."),
+    "policy/kl": Metric(
+        title="KL of an update", unit="nats", from_zero=True, note="How far one iteration moved the policy."
+    ),
+    "policy/entropy_nats": Metric(
+        title="Entropy", unit="nats", note="Falling: the policy explores less. Of a density, it may be negative."
+    ),
+    "signal/group_frac": Metric(
+        title="Groups with signal",
+        share=True,
+        from_zero=True,
+        note="Groups whose episodes did not all end alike. The others teach nothing.",
+    ),
+    "episode/return_mean": Metric(title="Return", note="Undiscounted, with exploration; mean of recent training episodes."),
+    "time/step_s": Metric(title="Time per iteration", unit="s", from_zero=True),
 }
 _SUFFIXES = (  # longest first; what a name's ending says about its unit
     ("_frac", Metric(title="", share=True, from_zero=True)),
@@ -84,10 +145,17 @@ _SUFFIXES = (  # longest first; what a name's ending says about its unit
     ("_s", Metric(title="", unit="s", from_zero=True)),
 )
 _ORDER = ("reward", "episode", "return", "eval", "signal", "policy", "value", "optim", "rollout", "advantage", "bnpo")
+_EVAL_SPREAD = ("_stderr", "_low", "_high")
 
 
-def describe(name: str) -> Metric:
-    """Look a metric up, or read its unit off the ending of its name (`group/name_unit`)."""
+def describe(name: str, *, agent: bool = False) -> Metric:
+    """Look a metric up, or read its unit off the ending of its name (`group/name_unit`).
+
+    Args:
+        agent: The run is an agent's, where a few names mean something else.
+    """
+    if agent and name in _OF_AGENTS:
+        return _OF_AGENTS[name]
     if name in _KNOWN:
         return _KNOWN[name]
     stem = name.rpartition("/")[2]
@@ -98,6 +166,11 @@ def describe(name: str) -> Metric:
         if stem.endswith(suffix) and stem != suffix:
             return replace(metric, title=plain_name(stem.removesuffix(suffix)))
     return Metric(title=plain_name(stem))
+
+
+def is_spread(name: str) -> bool:
+    """An evaluation's standard error or interval end: drawn around its mean, not by itself."""
+    return name.startswith("eval/") and name.endswith(_EVAL_SPREAD)
 
 
 def plain_name(stem: str) -> str:

@@ -1,4 +1,4 @@
-"""Notice a run that has stopped learning: steps whose groups all got equal rewards, so that no gradient is left."""
+"""Notice a run that has stopped learning: steps whose groups all got equal rewards, and there is nothing to learn."""
 
 import math
 import warnings
@@ -61,7 +61,8 @@ class SignalWatch:
         share = f"{groups_without_signal} of {groups} groups"
         text = (
             f"step {step}: for {self.streak} steps in a row over {self.threshold:.0%} of the groups had no signal "
-            f"({share} now): all completions of a group got the same reward, so there is nothing to learn. "
+            f"({share} now): all completions of a group got the same reward, or none is in the loss, so there is nothing "
+            "to learn. "
             f"{cause(rewards)}"
         )
         if self.stop_after and self.streak >= self.stop_after:

@@ -76,7 +76,12 @@ def write_report(run_dir: Path) -> Path:
 
 
 def render(run: RunData) -> str:
-    """Fill the template. Everything that is not our own SVG is escaped by it."""
+    """The page of one run."""
+    return fill(_TEMPLATE, _view(run))
+
+
+def fill(template: str, view: Mapping[str, Any]) -> str:
+    """Fill a template of this folder. Everything that is not our own SVG is escaped by it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -90,27 +95,29 @@ def render(run: RunData) -> str:
     environment.filters["drawing"] = Markup  # only for markup made by charts.py, which escapes its own text
     environment.filters["digest"] = _digest
     environment.filters["number"] = format_number
-    return environment.get_template(_TEMPLATE).render(**_view(run))
+    return environment.get_template(template).render(**view)
 
 
 def _view(run: RunData) -> dict[str, Any]:
     findings = find(run)
     return {
         "name": one_line(run.run_dir.resolve().name, limit=80),
-        "subtitle": _subtitle(run.config),
+        "subtitle": subtitle(run.config),
         "status": _status(run),
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "verdict": findings.verdict,
         "tiles": _tiles(run, findings),
         "notes": findings.notes,
         "comparisons": [_comparison_row(item) for item in findings.comparisons],
+        "agent": run.agent,
         "eval_steps": sorted(run.eval_samples),
         "media": read_media(run.run_dir),
         "figures": headline_figures(run),
         "other": other_figures(run),
-        "pairs": report_samples.pairs(run),
-        "held_out_tables": report_samples.held_out_tables(run),
-        "training_tables": report_samples.training_tables(run),
+        "episodes": report_samples.episodes(run),
+        "pairs": [] if run.agent else report_samples.pairs(run),
+        "held_out_tables": [] if run.agent else report_samples.held_out_tables(run),
+        "training_tables": [] if run.agent else report_samples.training_tables(run),
         "train_samples_step": run.train_samples_step,
         "phases": phases(run),
         "errors": run.errors,
@@ -126,15 +133,17 @@ def _digest(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
 
 
-def _subtitle(config: Mapping[str, Any]) -> str:
-    words = [as_text(config[key]) for key in ("method", "model", "env", "pipeline") if isinstance(config.get(key), str)]
-    for key in ("model", "env", "pipeline"):
+def subtitle(config: Mapping[str, Any]) -> str:
+    """Method, model or environment, and seed, as far as a config names them."""
+    keys = ("method", "model", "env", "dataset", "pipeline")
+    words = [as_text(config[key]) for key in keys if isinstance(config.get(key), str)]
+    for key in keys[1:]:
         inner = config.get(key)
         if isinstance(inner, dict):
             words += [as_text(inner[name]) for name in ("name", "path", "id") if isinstance(inner.get(name), str)][:1]
     if isinstance(config.get("seed"), int):
         words.append(f"seed {config['seed']}")
-    return " · ".join(one_line(word, limit=80) for word in words)
+    return " · ".join(one_line(word, limit=80) for word in words if word)
 
 
 def _status(run: RunData) -> dict[str, str]:
@@ -159,17 +168,25 @@ def _owner_is_gone(status: Mapping[str, Any]) -> bool:
 
 
 def _tiles(run: RunData, findings: Findings) -> list[Tile]:
-    tiles = [*_held_out_tiles(findings), Tile(label="Steps", value=f"{run.last_step:,}", below=_planned(run))]
+    tiles = [*_held_out_tiles(findings), Tile(label=_clock(run), value=f"{run.last_step:,}", below=_planned(run))]
     seconds = total_seconds(run)
     if seconds:
         each = f"{format_duration(seconds / len(run.train['time/step_s'].values))} each"
-        tiles.append(Tile(label="Time in steps", value=format_duration(seconds), below=each))
+        label = "Time in iterations" if run.agent else "Time in steps"
+        tiles.append(Tile(label=label, value=format_duration(seconds), below=each))
     speed = next((name for name in run.train if name.startswith("throughput/")), "")
     values = [value for value in run.train[speed].values if isfinite(value)] if speed else []
     if values:
         mean = format_metric(speed, sum(values) / len(values))
-        tiles.append(Tile(label=describe(speed).title, value=mean, below="mean over steps"))
+        tiles.append(Tile(label=describe(speed).title, value=mean, below="mean over iterations" if run.agent else "mean over steps"))
     return tiles
+
+
+def _clock(run: RunData) -> str:
+    """What the steps of a run count."""
+    if not run.agent:
+        return "Steps"
+    return "Updates" if "total_updates" in run.config and "total_env_steps" not in run.config else "Environment steps"
 
 
 def _held_out_tiles(findings: Findings) -> list[Tile]:
@@ -226,7 +243,9 @@ def _commands(run: RunData) -> list[tuple[str, str]]:
     commands = [
         ("Run it again from the start", f"rlalign train {config} --run-dir {again}"),
         ("Evaluate the newest checkpoint", f"rlalign eval {where}"),
-        ("Talk to it", f"rlalign sample {where}"),
+        ("Play episodes with it", f"rlalign sample {where} --count 3")
+        if run.agent
+        else ("Talk to it", f"rlalign sample {where}"),
         ("Draw this page again", f"rlalign report {where}"),
     ]
     if run.status.get("status") != "done":

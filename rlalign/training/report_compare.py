@@ -36,6 +36,8 @@ class Comparison:
     """Outcomes are all 0 or 1: shown in percent."""
     phrasing: bool = False
     """Before is the untouched model under the best of several other phrasings, not the training prompt."""
+    unit: str = "problem"
+    """What was counted: an agent's are the starts of episodes."""
     better: int = 0
     same: int = 0
     worse: int = 0
@@ -53,7 +55,7 @@ def compare(run: RunData) -> list[Comparison]:
     """Compare the first evaluation with the last: correctness first, then the reward, then its parts."""
     found = [*_compare_samples(run), *_against_baselines(run)]
     if all(item.change is None for item in found):  # samples of one evaluation only: the logged means may know more
-        found = _compare_records(run.eval) or found
+        found = [replace(item, unit="start") if run.agent else item for item in _compare_records(run.eval)] or found
     return sorted(found, key=lambda item: (item.phrasing, not _CORRECTNESS.search(item.name)))
 
 
@@ -77,7 +79,9 @@ def _compare_samples(run: RunData) -> list[Comparison]:
     steps = sorted(run.eval_samples)
     last = run.eval_samples[steps[-1]]
     first = run.eval_samples[steps[0]] if len(steps) > 1 else []
-    found = [_compare(name, _by_problem(first, name), _by_problem(last, name)) for name in _names(last)]
+    names = [""] if run.agent else _names(last)
+    found = [_compare(name, _by_problem(first, name), _by_problem(last, name)) for name in names]
+    found = [_of_agent(item) for item in found] if run.agent else found
     kept = [item for item in found if item is not None]
     # A single reward function with weight 1 is the reward: one row is enough.
     if len(kept) == 2 and _same_numbers(kept[0], kept[1]):
@@ -156,6 +160,11 @@ def _compare(part: str, first: Mapping[str, float], last: Mapping[str, float]) -
         same=signs.count(0),
         worse=signs.count(-1),
     )
+
+
+def _of_agent(item: Comparison | None) -> Comparison | None:
+    """The same numbers as returns of episodes; one of 0 and 1 is a return like any other, not a share."""
+    return None if item is None else replace(item, title="Held-out return", share=False, unit="start")
 
 
 def _level(values: Sequence[float], share: bool) -> Interval:

@@ -34,7 +34,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One completion, its texts already cut to a showable length."""
+    """One completion, its texts already cut to a showable length; or one episode of an agent, which has no texts."""
 
     key: str
     """Equal for the same problem in the same words."""
@@ -78,6 +78,12 @@ class RunData:
     error_count: int
     problems: list[str] = field(default_factory=list)
     """What could not be read, in words."""
+
+    @property
+    def agent(self) -> bool:
+        """An agent's run: it plays episodes, and has no prompts and completions to show."""
+        logged = any(name.startswith("episode/") for name in self.train) or "eval/return_mean" in self.eval
+        return logged or isinstance(self.config.get("env"), dict)
 
     @property
     def last_step(self) -> int:
@@ -215,10 +221,10 @@ def _read_samples(path: Path, problems: list[str]) -> list[Sample]:
 
 def _sample(row: Mapping[str, Any]) -> Sample:
     prompt = as_text(row.get("prompt"))
-    identity = prompt if prompt.strip() else f"id {row.get('prompt_id')}"
-    parts, problem = row.get("parts"), row.get("prompt_id")
+    parts, problem = row.get("parts"), row.get("prompt_id", row.get("episode"))
+    identity = prompt if prompt.strip() else f"id {problem}"
     reward = as_number(row.get("reward"))
-    shown = ("advantage", "tokens", "truncated", "group", "prompt_id")
+    shown = ("advantage", "tokens", "truncated", "group", "prompt_id", "length")
     return Sample(
         key=hashlib.sha256(identity.encode("utf-8", errors="replace")).hexdigest(),
         problem="" if problem is None else one_line(str(problem), limit=80),

@@ -6,26 +6,29 @@ from math import nan
 
 from rlalign.training.charts import Line, line_chart, stacked_bars
 from rlalign.training.metric_names import (
+    Metric,
     describe,
     format_duration,
     format_metric,
     format_share,
     group_order,
+    is_spread,
     plain_name,
 )
 from rlalign.training.report_compare import primary_eval_metric
 from rlalign.training.report_data import RunData, Series
 from rlalign.training.report_findings import primary_train_metric
 
-_HEADLINES = (  # one figure each, its metrics in one unit; absent ones are left out
+_HEADLINES = (  # one figure each, its metrics in one unit; absent ones are left out; "": the metric's own title
     ("Groups with signal", ("signal/group_frac",)),
     ("Gradient norm", ("optim/grad_norm",)),
     ("Entropy", ("policy/entropy_nats",)),
-    ("KL to the reference", ("policy/kl",)),
+    ("", ("policy/kl",)),
     ("Clipped decisions", ("policy/clip_low_frac", "policy/clip_high_frac")),
     ("Completion length", ("rollout/completion_tokens_mean",)),
     ("Completions cut at the limit", ("rollout/truncated_frac",)),
     ("Episode length", ("episode/length_mean",)),
+    ("", ("value/explained_variance",)),
 )
 _WHOLE = "time/step_s"
 _NOT_PHASES = frozenset({_WHOLE, "time/total_s", "time/elapsed_s"})
@@ -71,7 +74,7 @@ def other_figures(run: RunData) -> list[tuple[str, list[Figure]]]:
     main_eval = primary_eval_metric(run.eval)
     shown |= {main_eval, "eval/n"} if main_eval else set()
     series = {name: one for name, one in run.train.items() if name not in shown}
-    series |= {name: one for name, one in run.eval.items() if name not in shown and not name.endswith("_stderr")}
+    series |= {name: one for name, one in run.eval.items() if name not in shown and not is_spread(name)}
     groups: dict[str, list[Figure]] = {}
     for name in sorted(series, key=group_order):
         group = groups.setdefault(name.partition("/")[0], [])
@@ -121,17 +124,37 @@ def _progress(run: RunData) -> Figure | None:
         lines.append(line)
         legend.append((1, "training" + (", ± 1 standard deviation" if line.low else "")))
     if eval_name is not None:
-        errors = run.eval.get(eval_name.removesuffix("_mean") + "_stderr")
-        line = _line(run.eval[eval_name], label="held out", spread=errors, marks=True, color=2)
+        line, how = _held_out(eval_name, run)
         lines.append(line)
-        legend.append((2, "held out" + (", ± 1 standard error" if line.low else "")))
+        legend.append((2, "held out" + how))
     if not lines:
         return None
     key = name or eval_name or ""
-    metric = describe(key)
+    metric = _described(key, run)
     now = run.train[name].last() if name else run.eval[key].last()
     svg = line_chart(lines, title=metric.title, unit=metric.unit, share=metric.share, wide=True)
     return Figure(title=metric.title, svg=svg, now=format_metric(key, now), note=metric.note, legend=legend, wide=True)
+
+
+def _held_out(name: str, run: RunData) -> tuple[Line, str]:
+    """The held-out curve with its interval where that was logged, else its standard error; and what is drawn."""
+    series, stem = run.eval[name], name.removesuffix("_mean")
+    ends = [run.eval.get(f"{stem}_{end}") for end in ("low", "high")]
+    if None not in ends:
+        low, high = ([dict(zip(end.steps, end.values, strict=True)).get(s, nan) for s in series.steps] for end in ends if end)
+        return _with_band(series, low, high), ", 95 % interval over episodes" if run.agent else ", 95 % interval"
+    line = _line(series, label="held out", spread=run.eval.get(f"{stem}_stderr"), marks=True, color=2)
+    return line, ", ± 1 standard error" if line.low else ""
+
+
+def _with_band(series: Series, low: list[float], high: list[float]) -> Line:
+    return Line(
+        label="held out", steps=series.steps, values=series.values, low=low, high=high, marks=True, band=True, color=2
+    )
+
+
+def _described(name: str, run: RunData) -> Metric:
+    return describe(name, agent=run.agent)
 
 
 def _line(series: Series, *, label: str, spread: Series | None = None, marks: bool = False, color: int = 1) -> Line:
@@ -159,11 +182,15 @@ def _parts(run: RunData) -> Figure | None:
 
 def _together(title: str, names: Sequence[str], run: RunData) -> Figure | None:
     present = [name for name in names if name in run.train]
-    return _overlay(title, present, [describe(name).title for name in present], run) if present else None
+    if not present:
+        return None
+    return _overlay(
+        title or _described(present[0], run).title, present, [_described(name, run).title for name in present], run
+    )
 
 
 def _overlay(title: str, names: Sequence[str], labels: Sequence[str], run: RunData) -> Figure:
-    metric = describe(names[0])
+    metric = _described(names[0], run)
     single = len(names) == 1
     lines = [
         _line(run.train[name], label=label, color=index + 1)
@@ -179,7 +206,7 @@ def _overlay(title: str, names: Sequence[str], labels: Sequence[str], run: RunDa
 
 
 def _single(name: str, series: Series, run: RunData) -> Figure:
-    metric = describe(name)
+    metric = _described(name, run)
     spread = run.eval.get(name.removesuffix("_mean") + "_stderr") if name in run.eval else None
     line = _line(series, label=metric.title, spread=spread, marks=name in run.eval, color=2 if name in run.eval else 1)
     return Figure(
@@ -206,9 +233,10 @@ def _time(run: RunData) -> Figure | None:
         at = dict(zip(run.train[name].steps, run.train[name].values, strict=True))
         layers.append((describe(name).title, [_sum([at.get(step, 0.0)]) for step in steps]))
     main = phases(run)[0]
+    title = "Time per iteration" if run.agent else "Time per step"
     return Figure(
-        title="Time per step",
-        svg=stacked_bars(layers, steps, title="Time per step", unit="s"),
+        title=title,
+        svg=stacked_bars(layers, steps, title=title, unit="s"),
         now=f"{main.name} {format_share(main.share)} %",
         legend=[(index % 6 + 1, title) for index, (title, _) in enumerate(layers)],
     )

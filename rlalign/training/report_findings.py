@@ -10,6 +10,19 @@ from rlalign.training.report_compare import Comparison, compare, primary_eval_me
 from rlalign.training.report_data import RunData, Series
 
 _FEW_PROBLEMS = 30
+_ONLY_TRAINING = {
+    False: "so this says what the policy was trained on, not what it learned in general",
+    True: "so this is what the policy earned while it explored, averaged over recent episodes",
+}
+_MORE_SIGNAL = {
+    False: "Prompts of middling difficulty, a higher temperature or more completions per prompt bring signal back.",
+    True: "Starts of middling difficulty, more exploration or a larger `group_size` bring signal back.",
+}
+_IDENTICAL = {False: "identical rewards", True: "identical outcomes"}
+_SUSPICION = {
+    False: "the policy may be exploiting the reward. Read the worst held-out samples below.",
+    True: "exploration may do better here than the most probable actions (`eval.deterministic`), or statistics differ.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +60,7 @@ def find(run: RunData) -> Findings:
 
 def primary_train_metric(train: Mapping[str, Series]) -> str | None:
     """The curve that says how training went."""
-    preferred = ("reward/mean", "episode/return_mean", "return/mean", "episode/return")
+    preferred = ("episode/return_mean", "reward/mean", "return/mean", "episode/return")
     found = [name for name in preferred if name in train]
     found += sorted(name for name in train if name.split("/")[0] in ("reward", "episode", "return", "score"))
     return found[0] if found else None
@@ -78,7 +91,7 @@ def _compared(item: Comparison) -> Verdict:
             tone="none",
             detail=_problems(item).strip(),
         )
-    how = "paired bootstrap over the same problems" if item.paired else "the two evaluations taken as independent"
+    how = f"paired bootstrap over the same {item.unit}s" if item.paired else "the two evaluations taken as independent"
     between = f"95 % interval {item.difference(change.low)} to {item.difference(change.high)}"
     detail = f"{between}, {how}.{_problems(item)}"
     if change.sign == 0:
@@ -114,7 +127,7 @@ def _range(item: Comparison, interval: Interval) -> str:
 def _problems(item: Comparison) -> str:
     if item.count == 0:
         return ""
-    unit = "problem" if item.count == 1 else "problems"
+    unit = item.unit if item.count == 1 else f"{item.unit}s"
     few = " Few: treat the interval as rough." if item.count < _FEW_PROBLEMS else ""
     return f" {item.count:,} {unit}.{few}"
 
@@ -124,10 +137,10 @@ def _from_training(run: RunData) -> Verdict:
     values = [v for v in run.train[name].values if isfinite(v)] if name else []
     if name is None or not values:
         return Verdict(sentence="Nothing was measured: the run recorded no reward and no evaluation.", tone="none")
-    title = f"Training {describe(name).title.lower()}"
+    title, unit = f"Training {describe(name).title.lower()}", "iteration" if run.agent else "step"
     window = len(values) // 5
     if window < 2:
-        steps = "1 step" if len(values) == 1 else f"{len(values)} steps"
+        steps = f"1 {unit}" if len(values) == 1 else f"{len(values)} {unit}s"
         now = f"{title.lower()} {format_number(values[-1])}"
         return Verdict(
             sentence=f"Too short to judge: {steps} recorded, {now}, nothing held out.",
@@ -136,10 +149,10 @@ def _from_training(run: RunData) -> Verdict:
     change = unpaired(values[:window], values[-window:])
     ends = f"from {format_number(sum(values[:window]) / window)} to {format_number(sum(values[-window:]) / window)}"
     detail = (
-        f"Mean of the first and last {window} steps, difference {format_number(change.estimate, signed=True)}, "
+        f"Mean of the first and last {window} {unit}s, difference {format_number(change.estimate, signed=True)}, "
         f"95 % interval {format_number(change.low, signed=True)} to {format_number(change.high, signed=True)} "
-        "with steps taken as independent."
-        " Nothing was held out, so this says what the policy was trained on, not what it learned in general."
+        f"with {unit}s taken as independent."
+        f" Nothing was held out, {_ONLY_TRAINING[run.agent]}."
     )
     if change.sign == 0:
         return Verdict(sentence=f"{title} did not change by more than the noise: {ends}.", tone="flat", detail=detail)
@@ -193,8 +206,8 @@ def _signal_note(run: RunData) -> Note | None:
     if recent is None or recent >= 0.25:
         return None
     return Note(
-        f"Lately {format_share(1 - recent)} % of the groups had identical rewards and gave no gradient. "
-        "Prompts of middling difficulty, a higher temperature or more completions per prompt bring signal back."
+        f"Lately {format_share(1 - recent)} % of the groups had {_IDENTICAL[run.agent]} and gave no gradient. "
+        f"{_MORE_SIGNAL[run.agent]}"
     )
 
 
@@ -209,7 +222,7 @@ def _hacking_note(run: RunData, comparisons: Sequence[Comparison]) -> Note | Non
     if rose and head.change.sign < 0:
         return Note(
             f"Training {describe(name).title.lower()} rose while {head.title[:1].lower() + head.title[1:]} fell: "
-            "the policy may be exploiting the reward. Read the worst held-out samples below."
+            f"{_SUSPICION[run.agent]}"
         )
     return None
 

@@ -10,6 +10,7 @@ from rlalign.training.report_data import RunData, Sample
 from rlalign.training.untrusted_text import one_line
 
 _PER_GROUP = 20
+_MAX_EPISODES = 100
 _MAX_PARTS = 8
 _SNIPPET = 90
 _PROMPT_SNIPPET = 70
@@ -45,6 +46,37 @@ class Pair:
     after: Sample
     before_reward: str
     after_reward: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episode:
+    """One start of an agent's evaluation, before training and now. Lengths are in steps, "" where unknown."""
+
+    start: str
+    before: str
+    after: str
+    length_before: str
+    length_after: str
+
+
+def episodes(run: RunData) -> list[Episode]:
+    """The evaluation of an agent start by start; nothing for other runs."""
+    if not run.agent:
+        return []
+    last, first = _last(run)[:_MAX_EPISODES], _first_by_key(run)
+    pairs_of = [(sample, first.get(sample.key)) for sample in last]
+    after = format_column([sample.reward for sample, _ in pairs_of])
+    before = format_column([one.reward if one else nan for _, one in pairs_of])
+    return [
+        Episode(
+            start=sample.problem,
+            before=before[index] if one else "",
+            after=after[index],
+            length_before=one.details.get("length", "") if one else "",
+            length_after=sample.details.get("length", ""),
+        )
+        for index, (sample, one) in enumerate(pairs_of)
+    ]
 
 
 def held_out_tables(run: RunData) -> list[SampleTable]:

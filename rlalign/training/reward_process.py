@@ -16,11 +16,11 @@ from typing import Any
 from rlalign.training import reward_wire
 from rlalign.training.reward_call import Reply, RewardLoadError, RowResult
 from rlalign.training.reward_function import RewardFunction
+from rlalign.training.reward_log import WorkerLog
 from rlalign.training.reward_request import Request
 
 _SLICE_S = 0.25
 """How often to look whether the worker still lives while something it forked keeps its pipe open."""
-_LOG_LIMIT = 10 * 2**20
 
 
 class _Hung(Exception):
@@ -59,7 +59,7 @@ class RewardProcess:
         self.required: list[str] = []
         self.load_seconds = 0.0
         self.imports_torch = False
-        self._log_path = log_path
+        self._log = WorkerLog(log_path)
         self._order = reward_wire.dumps(
             {
                 "name": function.name,
@@ -85,7 +85,7 @@ class RewardProcess:
             self.close()
             raise RewardLoadError(self.function, f"was not imported within {self.start_timeout_s:g} s") from None
         except _Died as death:
-            raise RewardLoadError(self.function, f"{death} while it was imported", self._log_tail()) from None
+            raise RewardLoadError(self.function, f"{death} while it was imported", self._log.tail()) from None
         if "failed" in message:
             failed = RowResult(*message["failed"])
             self.close()
@@ -108,14 +108,15 @@ class RewardProcess:
         except _Hung:
             error = RowResult(None, "timeout", f"took longer than {timeout_s:g} s and was killed")
         except _Died as death:
-            error = RowResult(None, "died", str(death), self._log_tail())
+            error = RowResult(None, "died", str(death), self._log.tail())
         except BaseException:  # Ctrl-C: the answer that is still coming must not meet the next request
             self._restart()
             raise
         else:
             self._pending = None
-            self._trim_log()
+            self._log.keep()
             return _reply(message)
+        self._log.keep()
         self._restart()
         return Reply(error=error, seconds=time.perf_counter() - request.started)
 
@@ -143,7 +144,8 @@ class RewardProcess:
             self._restart()
             return RowResult(None, "timeout", f"took longer than {timeout_s:g} s on this row alone and was killed")
         except _Died as death:
-            tail = self._log_tail()
+            tail = self._log.tail()
+            self._log.keep()
             self._restart()
             return RowResult(None, "died", str(death), tail)
         return reply.error if reply.error is not None else reply.results[0]
@@ -156,13 +158,12 @@ class RewardProcess:
         request_read, self._request_fd = os.pipe()
         self._response_fd, response_write = os.pipe()
         self._ready, self._buffer = False, b""
-        log = open(self._log_path, "ab") if self._log_path is not None else None  # noqa: SIM115 closed below
         command = [sys.executable, "-P", "-m", "rlalign.training.reward_worker"]
         try:
             self._process = subprocess.Popen(
                 [*command, str(request_read), str(response_write), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
-                stderr=log,
+                stderr=self._log if self._log.path is not None else None,
                 pass_fds=(request_read, response_write),
                 start_new_session=True,
                 env=_environment(),
@@ -170,8 +171,6 @@ class RewardProcess:
         finally:
             os.close(request_read)
             os.close(response_write)
-            if log is not None:
-                log.close()
         os.set_blocking(self._request_fd, False)
         os.set_blocking(self._response_fd, False)
         self._stop = weakref.finalize(self, _kill, self._process, os.getpid(), self._request_fd, self._response_fd)
@@ -245,17 +244,6 @@ class RewardProcess:
         name = signal.Signals(-code).name
         cause = {"SIGSEGV": ": a crash in C code", "SIGKILL": ": out of memory?"}.get(name, "")
         return f"killed its process ({name}{cause})"
-
-    def _log_tail(self) -> str:
-        if self._log_path is None:
-            return ""
-        with self._log_path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 2000))
-            return file.read().decode(errors="replace")
-
-    def _trim_log(self) -> None:
-        if self._log_path is not None and self._log_path.stat().st_size > _LOG_LIMIT:
-            os.truncate(self._log_path, 0)  # the worker appends, so it goes on writing at the new end
 
 
 def half_of_memory_gb() -> float:

@@ -36,7 +36,6 @@ class RewardTable:
     errors: list[SampleError]
     seconds: float
     """Wall time of the whole call; functions with processes of their own run side by side."""
-    function_seconds: dict[str, float]
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -85,6 +84,7 @@ def save_first_of_each_kind(errors: Sequence[SampleError], request: Request, dir
             "detail": error.result.detail,
             "sample": columns,
         }
+        directory.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(sample, indent=1, default=repr))
         written.append(path)
     return written

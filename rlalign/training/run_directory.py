@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -171,6 +172,29 @@ class RunDirectory:
         self.set_status("running")
         # Last: its presence says that the directory is complete.
         write_atomic(self.resolved_config, _json(resolved))
+
+
+def free_run_path(name: str, *, parent: Path = Path("runs"), taken: Iterable[Path] = ()) -> Path:
+    """`parent/name`, or the first of `name-2`, `name-3` ... that does not exist and is not in `taken`.
+
+    Args:
+        name: Anything; what a run may not be called becomes hyphens.
+
+    Raises:
+        RunDirectoryError: Several processes train together: each would find a name of its own.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunDirectoryError(
+            "with several processes name the run's directory (`--run-dir`, in Python `run_dir=`), so that all of them "
+            "use the same."
+        )
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:70] or "run"
+    promised = {path.absolute() for path in taken}
+    path, number = parent / stem, 1
+    while path.exists() or path.absolute() in promised:
+        number += 1
+        path = parent / f"{stem}-{number}"
+    return path
 
 
 def check_run_name(name: str) -> None:

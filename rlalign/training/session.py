@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -11,11 +12,13 @@ from torch import Tensor
 from rlalign.training.checkpoint import CheckpointError, Checkpoints
 from rlalign.training.journal import Journal
 from rlalign.training.report import write_report
-from rlalign.training.run_directory import RunDirectory, Status
+from rlalign.training.run_directory import RunDirectory, Status, free_run_path
 from rlalign.training.signals import GracefulStop, Interrupted
 from rlalign.training.trackers import require_trackers
 
 REQUIRED = ("model", "optimizer", "trainer", "rng")
+_sessions: "WeakSet[Session]" = WeakSet()
+"""Those of this process: a name that one of them was given is taken before its directory is made."""
 
 
 @runtime_checkable
@@ -57,7 +60,9 @@ class Session:
         project: str = "rlalign",
     ):
         require_trackers(trackers)
-        self.path = Path(run_dir) if run_dir is not None else free_run_path(Path("runs"), name)
+        promised = [session.path for session in _sessions]
+        self.path = Path(run_dir) if run_dir is not None else free_run_path(name, taken=promised)
+        _sessions.add(self)
         self.config_text, self.resolved = config_text, dict(resolved)
         self.total_steps, self.save_every = total_steps, save_every
         self.main: bool = True
@@ -66,6 +71,7 @@ class Session:
         self.checkpoints = Checkpoints(self.path / "checkpoints", keep=keep)
         self.stop = GracefulStop()
         self.saved_at: int | None = None
+        self.error: Exception | None = None
         self.resume_with = f"rlalign resume {self.path}"
         """What the user types or calls to go on; a run started from Python is continued by its own script."""
 
@@ -88,7 +94,8 @@ class Session:
             self.journal = stack.enter_context(
                 Journal(run, total_steps=self.total_steps, trackers=self.trackers, project=self.project)
             )
-            self.stop = stack.enter_context(GracefulStop())  # the signal that ended the last one is answered
+            # The signal or error that ended the last one is answered.
+            self.stop, self.error = stack.enter_context(GracefulStop()), None
             try:
                 if resume:
                     self._restore(trainer)
@@ -109,16 +116,30 @@ class Session:
                 self._close(run, "done", trainer)
 
     def after_step(self, trainer: Resumable) -> None:
-        """Save when it is time; when a signal came, save and raise `Interrupted`."""
-        if self.save_every and trainer.step % self.save_every == 0:
+        """Save when a multiple of `save_every` was reached or passed, and stop when asked to; see `stop_if_asked`."""
+        if self.save_every and trainer.step // self.save_every > (self.saved_at or 0) // self.save_every:
             self.save(trainer)
         self.stop_if_asked(trainer)
 
+    def stop_with(self, error: Exception) -> None:
+        """Let the next `after_step` save before it raises `error`: the step is whole, and none of it need be lost."""
+        if self.error is None:
+            self.error = error
+
     def stop_if_asked(self, trainer: Resumable) -> None:
-        """Save and raise `Interrupted` when any process received a signal."""
-        if self.anywhere(self.stop.requested):
+        """Save, then raise what `stop_with` was given, or `Interrupted` when any process has a signal or an error."""
+        if not self.anywhere(self.stop.requested or self.error is not None):
+            return
+        saved = f"Saved step {trainer.step}. Continue: {self.resume_with}"
+        if self.error is None:
             self.save(trainer)
-            raise Interrupted(f"Saved step {trainer.step}. Continue: {self.resume_with}")
+            raise Interrupted(saved)
+        try:
+            self.save(trainer)
+            self.journal.note(saved)
+        except CheckpointError as trouble:  # it must not hide why the run stops
+            self.error.add_note(str(trouble))
+        raise self.error
 
     def finish(self, trainer: Resumable) -> None:
         """Save the end of the run: a last checkpoint, and the model in the form other libraries load."""
@@ -132,6 +153,7 @@ class Session:
         state = dict(trainer.state_dict())  # every process takes part: sharded state is gathered here
         _require_finite(state["model"], trainer.step)
         if self.main:
+            self.journal.sync()  # the log must reach as far as the checkpoint says
             self.checkpoints.save(trainer.step, {**state, "journal": {"records": self.journal.records}})
         self.saved_at = trainer.step
 
@@ -144,7 +166,7 @@ class Session:
         return run
 
     def _restore(self, trainer: Resumable) -> None:
-        if self.checkpoints.latest() is None and not self.checkpoints.steps():
+        if self.checkpoints.empty:
             self.journal.rewind(-1)
             self.journal.note("No checkpoint yet: starting from the beginning, with the same random numbers.")
             return
@@ -184,11 +206,3 @@ def _kept_traceback(run: RunDirectory, error: BaseException) -> str:
         return f"Full traceback: {run.record_error(error)}"
     except OSError as trouble:  # a full disk must not hide why the run ended
         return f"The traceback could not be saved to {run.errors} ({trouble.strerror})."
-
-
-def free_run_path(parent: Path, name: str) -> Path:
-    """`parent/name`, or the first of `name-2`, `name-3`, ... that does not exist."""
-    path, number = parent / name, 2
-    while path.exists():
-        path, number = parent / f"{name}-{number}", number + 1
-    return path

@@ -46,11 +46,6 @@ class GracefulStop:
         if self._signal is None:
             self._signal = signal.Signals(number)
 
-    def raise_if_requested(self, message: str) -> None:
-        """Raise `Interrupted` with `message` when a stop was requested; call it once the state is saved."""
-        if self.requested:
-            raise Interrupted(message)
-
     def __enter__(self) -> "GracefulStop":
         if threading.current_thread() is threading.main_thread():
             # Windows has no SIGUSR1.

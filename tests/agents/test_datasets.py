@@ -150,10 +150,8 @@ def test_minari_remembers_the_environment_and_agrees_about_the_score(tmp_path):
     observations = np.zeros((4, 4), dtype=np.float32)
     original = load_dataset(write(tmp_path / "e.npz", arrays(observations=observations))).transitions
     reference = Reference(env_id="CartPole-v1", ref_min_score=20.0, ref_max_score=500.0)
-    cart_pole = spaces.Box(-np.inf, np.inf, (4,)), spaces.Discrete(2)
-    save_minari(
-        original, "cart/pole-v0", observation_space=cart_pole[0], action_space=cart_pole[1], reference=reference
-    )
+    box = spaces.Box(-np.inf, np.inf, (4,))
+    save_minari(original, "cart/pole-v0", observation_space=box, action_space=spaces.Discrete(2), reference=reference)
     assert load_dataset("cart/pole-v0").reference == reference
     theirs = minari.get_normalized_score(minari.load_dataset("cart/pole-v0"), np.array([20.0, 260.0, 500.0]))
     ours = rlalign_score(torch.tensor([20.0, 260.0, 500.0]), reference)
@@ -257,7 +255,7 @@ def test_pickles_are_never_opened(tmp_path):
         def __reduce__(self):
             return json.loads, ("this is not JSON",)
 
-    np.savez(tmp_path / "bomb.npz", **arrays() | {"rewards": np.array([Bomb()], dtype=object)}, allow_pickle=True)
+    np.savez(tmp_path / "bomb.npz", **arrays() | {"rewards": np.array([Bomb()], dtype=object)})
     with pytest.raises(DatasetError, match=r"bomb\.npz: cannot be read as .npz without pickle"):
         load_dataset(tmp_path)
 

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import queue
 import re
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from torch import Tensor
 pytest.importorskip("trl", reason="the extra `llm` is not installed")
 
 from datasets import Dataset
+from huggingface_hub import constants
+from huggingface_hub.utils import _telemetry
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
@@ -42,6 +45,7 @@ from rlalign.functional.masked import aggregate
 from rlalign.functional.policy import cispo, clip_fractions, clipped_surrogate, sapo, sequence_ratio
 from rlalign.llm import trl_compat
 from rlalign.llm.config import Aggregation, ObjectiveConfig, PolicyGradientConfig
+from rlalign.llm.rewards import resolve_rewards
 from rlalign.llm.trl_compat import BNPOTrainer
 
 # TRL and transformers warn about themselves (checkpointing, pin_memory, tokenizers); ours are tested by name.
@@ -461,7 +465,8 @@ def test_reward_functions_of_one_name_do_not_hide_each_other(recipe):
     trainer = recipe.trainer(BNPOTrainer, rewards=functions, given={"advantage": replace(AUTHORS, decompose=True)})
     got = trainer._generate_and_score_completions(step_inputs())["advantages"]
     torch.testing.assert_close(got, torch.tensor(BNPO_ADVANTAGES), rtol=0, atol=1e-6)
-    assert trainer._reward_names == ["same_1", "same_2"]
+    native = [function.name for function in resolve_rewards(functions)]
+    assert trainer._reward_names == native == ["same", "same_2"]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -735,3 +740,25 @@ def test_the_numbers_of_the_page_are_the_equations():
     torch.testing.assert_close(ours, torch.tensor([0.87, 0.59, 0.36]), rtol=0, atol=5e-3)
     theirs = group_relative(rewards, group)[first]
     torch.testing.assert_close(theirs, torch.tensor([2.47, 1.21, 0.72]), rtol=0, atol=6e-3)
+
+
+@pytest.mark.parametrize("disabled", [True, False])
+def test_making_a_trainer_reports_nothing_to_the_hub(recipe, monkeypatch, disabled):
+    """False: what TRL would have sent, so that the empty queue means something."""
+    sent: queue.Queue[Any] = queue.Queue()
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(_telemetry, "_start_telemetry_thread", lambda: None)
+    monkeypatch.setattr(_telemetry, "_TELEMETRY_QUEUE", sent)
+    assert constants.HF_HUB_DISABLE_TELEMETRY is True
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", disabled)
+    recipe.trainer(BNPOTrainer)
+    assert sent.empty() is disabled
+
+
+@pytest.mark.parametrize(("given", "disabled"), [({}, "True"), ({"HF_HUB_DISABLE_TELEMETRY": "0"}, "False")])
+def test_telemetry_is_off_however_late_the_drop_in_is_imported_unless_it_was_asked_for(given, disabled):
+    code = "from huggingface_hub import constants; import rlalign.llm.trl_compat; print(constants.HF_HUB_DISABLE_TELEMETRY)"
+    others = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_TELEMETRY"}
+    done = subprocess.run([sys.executable, "-c", code], env=others | given, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == disabled

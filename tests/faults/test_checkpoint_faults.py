@@ -159,9 +159,7 @@ def test_pruning_never_counts_a_damaged_one_as_kept(tmp_path) -> None:
 def test_a_newer_format_is_not_passed_over(tmp_path) -> None:
     checkpoints = two(tmp_path)
     manifest = Manifest.read(tmp_path / "ckpt-000002")
-    newer = Manifest(
-        step=2, sequence=2, keep_forever=False, files=manifest.files, versions={"rlalign": "9.1"}, schema=2
-    )
+    newer = Manifest(step=2, sequence=2, files=manifest.files, versions={"rlalign": "9.1"}, schema=2)
     (tmp_path / "ckpt-000002" / "manifest.json").write_text(newer.to_json())
     with pytest.raises(CheckpointError, match="schema 2, written by rlalign 9.1; this release reads schema 1"):
         checkpoints.load()

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from rlalign.llm import assemble
 from tests.llm.tiny_runs import make_trainer
 
@@ -29,3 +31,13 @@ def test_every_setting_of_the_guard_reaches_it(tiny_model, tiny_tokenizer, tmp_p
     assert set(settings) == set(vars(trainer.config.guard))
     (options,) = given
     assert options == settings | {"errors_dir": tmp_path / "run" / "errors"}
+
+
+def test_every_setting_of_the_optimizer_reaches_it(tiny_model, tiny_tokenizer, tmp_path):
+    settings = {"learning_rate": 0.03, "betas": (0.7, 0.95), "eps": 1e-5, "weight_decay": 0.25}
+    optimizer = make_trainer(tiny_model, tiny_tokenizer, tmp_path / "run", optim=settings).optimizer
+    assert isinstance(optimizer, torch.optim.AdamW)
+    # Matrices decay, the scales of norms do not.
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.0]
+    for group in optimizer.param_groups:
+        assert {name: group[name] for name in ("lr", "betas", "eps")} == {"lr": 0.03, "betas": (0.7, 0.95), "eps": 1e-5}

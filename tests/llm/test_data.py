@@ -76,9 +76,8 @@ def test_a_function_of_a_plain_file(tmp_path: Path):
 
 
 def test_reasoning_gym_tasks_carry_what_their_scorer_needs():
+    reasoning_gym = pytest.importorskip("reasoning_gym", reason="the extra `tasks` is not installed")
     prompts = load_prompts(DatasetConfig(source="reasoning_gym:chain_sum", args={"size": 3, "seed": 1}))
-    import reasoning_gym
-
     task = reasoning_gym.create_dataset("chain_sum", size=3, seed=1)
     for row in prompts:
         entry = {"question": row["prompt"], "answer": row["answer"], "metadata": row["metadata"]}
@@ -182,8 +181,6 @@ def broken_module(folder: Path) -> Path:
         ("rlalign_envs.arithmetic:problems", {"digits": -1}, "failed: "),
         ("nowhere/rows.py:make", {}, "there is no .*nowhere/rows.py"),
         ("rlalign_envs.arithmetic:TEMPLATES", {}, "is a dict, not a function"),
-        ("reasoning_gym:no_such_task", {}, "reasoning_gym cannot make 'no_such_task'"),
-        ("reasoning_gym:chain_sum", {"sise": 1}, "sise"),
         ("some.jsonl", {"count": 1}, "`data.train.args` is for module:function"),
         ("some-org/no-such-dataset", {}, "cannot be loaded.*module:function"),
     ],
@@ -191,6 +188,15 @@ def broken_module(folder: Path) -> Path:
 def test_sources_that_do_not_exist_say_what_was_meant(source: str, args: dict, words: str):
     with pytest.raises(ConfigError, match=words):
         load_prompts(DatasetConfig(source=source, args=args))
+
+
+@pytest.mark.parametrize(
+    ("task", "args", "words"), [("no_such_task", {}, "cannot make 'no_such_task'"), ("chain_sum", {"sise": 1}, "sise")]
+)
+def test_tasks_that_do_not_exist_say_what_was_meant(task: str, args: dict, words: str):
+    pytest.importorskip("reasoning_gym", reason="the extra `tasks` is not installed")
+    with pytest.raises(ConfigError, match=words):
+        load_prompts(DatasetConfig(source=f"reasoning_gym:{task}", args=args))
 
 
 def test_a_module_that_fails_on_import_is_a_config_error(tmp_path: Path):

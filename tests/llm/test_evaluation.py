@@ -170,15 +170,15 @@ def test_the_first_evaluation_sees_the_untouched_model_and_the_last_the_trained_
 
 
 def test_other_phrasings_are_measured_before_training_and_the_best_is_kept(make, tmp_path):
+    phrasings = [(["say what"], None), (["tell a", "tell b", "tell c"], None), (["say so", "say no"], 3)]
     baselines = []
-    for number, prompts in enumerate((["say what"], ["tell a", "tell b", "tell c"]), 1):
+    for number, (prompts, limit) in enumerate(phrasings, 1):
         path = tmp_path / f"phrasing-{number}.jsonl"
         path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-        baselines.append({"data": {"source": str(path)}})
+        baselines.append({"data": {"source": str(path)}, "max_completion_tokens": limit})
     trainer = make(length, eval={"baselines": baselines, "max_completion_tokens": 9})
     expected = [
-        mean(length([greedy(trainer, prompt, 9) for prompt in prompts]))
-        for prompts in (["say what"], ["tell a", "tell b", "tell c"])
+        mean(length([greedy(trainer, prompt, limit or 9) for prompt in prompts])) for prompts, limit in phrasings
     ]
     trainer.fit()
     first, last = evaluations(trainer)

@@ -2,10 +2,15 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from rlalign.llm import prepacked as prepacked_module
 from rlalign.llm.generate import generate_groups
 from rlalign.llm.prepacked import FEWEST_STEPS, prepacked
+from rlalign.llm.scoring import base_model
+from tests.reference import sampling as reference
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a PyTorch build without oneDNN")
 
@@ -69,3 +74,53 @@ def test_greedy_completions_are_those_of_the_plain_layers(tiny_model, monkeypatc
     plain = generate_groups(tiny_model, prompts, **options)
     assert packed.ids.tolist() == plain.ids.tolist()
     torch.testing.assert_close(packed.log_prob, plain.log_prob, rtol=1e-4, atol=1e-5)
+
+
+def biased_model() -> Qwen2ForCausalLM:
+    """Qwen2 has biases in its attention; drawn here, since it begins with zeros. float32, as the reordering needs."""
+    config = Qwen2Config(
+        vocab_size=120,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(1)
+    model = Qwen2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                assert part.bias is not None
+                part.bias.normal_()
+    return model
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["biases", "biases_and_lora"])
+def test_whole_completions_have_the_plain_models_log_probabilities(adapted, monkeypatch):
+    model = biased_model()
+    if adapted:
+        settings = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+        model = base_model(get_peft_model(model, settings).eval())
+    products: list[nn.Module] = []
+    make = prepacked_module._product
+    monkeypatch.setattr(prepacked_module, "_product", lambda layer, rows: products.append(layer) or make(layer, rows))
+    prompts = [[3, 4, 5], [6], [*range(70, 80), 1], [*range(70, 80), 2, 3]]
+    got = generate_groups(
+        model,
+        prompts,
+        group_size=3,
+        max_new_tokens=12,
+        eos_ids=[*range(10)],
+        pad_id=0,
+        temperature=0.8,
+        uniforms=torch.rand(12, 12),
+    )
+    linear = [part for part in model.modules() if isinstance(part, nn.Linear)]
+    assert len(products) == len(linear) == 2 * 7 + 1 + (2 * 3 * 2 if adapted else 0)
+    assert not any("forward" in vars(part) for part in linear)
+    assert int(got.lengths.max()) == 12 > FEWEST_STEPS
+    for row, length in enumerate(got.lengths.tolist()):
+        expected, _ = reference.score(model, prompts[row // 3], got.ids[row, :length].tolist(), temperature=0.8)
+        torch.testing.assert_close(got.log_prob[row, :length].double(), expected.detach(), rtol=0, atol=2e-5)

@@ -5,20 +5,27 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
-import reasoning_gym
+import sympy
 import torch
 
 from rlalign.config import ConfigError
 from rlalign.llm.config import RewardConfig
 from rlalign.llm.reward_adapters import ReasoningGymReward, TRLReward, extract_answer, is_more_than_an_expression
-from rlalign.llm.rewards import probe_reward, resolve_reward, resolve_rewards
+from rlalign.llm.rewards import distinct, probe_reward, resolve_reward, resolve_rewards
 from rlalign.training.guard import RewardError, RewardFunction, RewardGuard
 
 SAMPLES = Path(__file__).parents[1] / "training" / "reward_samples.py"
 BAD = Path(__file__).parents[1] / "faults" / "bad_rewards.py"
 QUICK = ["chain_sum", "puzzle24", "n_queens", "binary_matrix", "number_sorting", "simple_integration", "arc_1d"]
+
+
+@pytest.fixture
+def reasoning_gym() -> Any:
+    """It builds a C extension when it is installed, so a machine may lack it."""
+    return pytest.importorskip("reasoning_gym", reason="the extra `tasks` is not installed")
 
 
 def score(specs, completions, *, isolation="auto", **columns):
@@ -42,7 +49,6 @@ def test_every_form_of_a_name(tmp_path, monkeypatch):
         ("my_rewards.shout", "shout", "my_rewards:shout"),
         ("think_format_reward", "think_format_reward", "rlalign.llm.reward_adapters:TRLReward"),
         ("get_soft_overlong_punishment", "soft_overlong_punishment", "rlalign.llm.reward_adapters:TRLReward"),
-        ("reasoning_gym:chain_sum", "chain_sum", "rlalign.llm.reward_adapters:ReasoningGymReward"),
     ]:
         got = resolve_reward(spec, weight=0.5)
         assert (got.name, got.import_path, got.weight) == (name, path, 0.5), spec
@@ -71,6 +77,7 @@ def test_several_rewards_get_distinct_names_and_their_weights():
         ("scaled_2", 1.0, {}),
         ("scaled_3", 1.0, {}),
     ]
+    assert distinct(["f", "f", "g", "f_2", "f"]) == ["f", "f_3", "g", "f_2", "f_4"]
     assert [f.weight for f in resolve_rewards([spec, spec], weights=[1.0, 0.25])] == [1.0, 0.25]
     assert [f.name for f in resolve_rewards(spec)] == ["scaled"]
     with pytest.raises(ConfigError, match="3 reward weights for 1 rewards"):
@@ -154,8 +161,20 @@ def test_workers_of_trl_rewards_import_no_torch():
 # reasoning-gym.
 
 
+def test_the_name_of_a_task(reasoning_gym):
+    got = resolve_reward("reasoning_gym:chain_sum", weight=0.5)
+    expected = ("chain_sum", "rlalign.llm.reward_adapters:ReasoningGymReward", 0.5)
+    assert (got.name, got.import_path, got.weight) == expected
+
+
+def test_a_missing_reasoning_gym_is_named_with_what_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ConfigError, match="needs the package reasoning-gym. Install it: pip install reasoning-gym"):
+        resolve_reward("reasoning_gym:chain_sum")
+
+
 @pytest.mark.parametrize("task", QUICK)
-def test_reasoning_gym_rates_its_own_answers_right_and_nonsense_low(task):
+def test_reasoning_gym_rates_its_own_answers_right_and_nonsense_low(task, reasoning_gym):
     entries = list(reasoning_gym.create_dataset(task, size=3, seed=1))
     right = [f"Let me see.\n<answer>{entry['answer']}</answer>" for entry in entries]
     wrong = ["<answer>no idea</answer>"] * 3
@@ -167,7 +186,7 @@ def test_reasoning_gym_rates_its_own_answers_right_and_nonsense_low(task):
     assert max(scores[3:]) <= 0.1
 
 
-def test_reasoning_gym_through_a_worker_keeps_the_entries_types():
+def test_reasoning_gym_through_a_worker_keeps_the_entries_types(reasoning_gym):
     # ARC boards are tuples, and a board of lists would compare unequal: 0.05 in place of 1
     entries = list(reasoning_gym.create_dataset("rearc", size=2, seed=3))
     columns = {key: [entry[key] for entry in entries] for key in ("answer", "metadata")}
@@ -175,7 +194,7 @@ def test_reasoning_gym_through_a_worker_keeps_the_entries_types():
     assert values.tolist() == [[1.0], [1.0]]
 
 
-def test_mixed_tasks_and_whole_entries():
+def test_mixed_tasks_and_whole_entries(reasoning_gym):
     entries = [reasoning_gym.create_dataset(task, size=1, seed=1)[0] for task in ("chain_sum", "gcd")]
     reward = ReasoningGymReward("auto")
     assert reward(completions=[entry["answer"] for entry in entries], entry=entries) == [1.0, 1.0]
@@ -185,7 +204,7 @@ def test_mixed_tasks_and_whole_entries():
         reward(completions=["1"])
 
 
-def test_an_unknown_task_is_named():
+def test_an_unknown_task_is_named(reasoning_gym):
     with (
         RewardGuard([resolve_reward("reasoning_gym:chain_sums")]) as guard,
         pytest.raises(RewardError, match="no task 'chain_sums'; it has ab, "),
@@ -194,7 +213,7 @@ def test_an_unknown_task_is_named():
 
 
 @pytest.mark.parametrize("task", ["n_queens", "binary_matrix", "spiral_matrix", "string_insertion", "number_sorting"])
-def test_tasks_that_evaluate_answers_run_no_code(task, tmp_path):
+def test_tasks_that_evaluate_answers_run_no_code(task, tmp_path, reasoning_gym):
     canary = tmp_path / "canary"
     entry = reasoning_gym.create_dataset(task, size=1, seed=1)[0]
     attack = f"[__import__('pathlib').Path({str(canary)!r}).touch()]"
@@ -203,7 +222,7 @@ def test_tasks_that_evaluate_answers_run_no_code(task, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["puzzle24", "countdown", "simple_integration", "polynomial_multiplication"])
-def test_tasks_that_parse_with_sympy_run_no_code(task, tmp_path):
+def test_tasks_that_parse_with_sympy_run_no_code(task, tmp_path, reasoning_gym):
     canary = tmp_path / "canary"
     entry = reasoning_gym.create_dataset(task, size=1, seed=1)[0]
     attacks = [
@@ -216,11 +235,41 @@ def test_tasks_that_parse_with_sympy_run_no_code(task, tmp_path):
     assert not canary.exists()
 
 
-def test_what_counts_as_more_than_an_expression():
-    for text in ("x**2 + 3*x - 1", "sin(x)*exp(-2.5*x)/3 + C", "log(Abs(x))", "(1 + 3) * 6", "max(x, 2)", "pi", ""):
-        assert not is_more_than_an_expression(text), text
-    for text in ("().__class__", "x.foo", "'a'", "lambda: 0", "open(x)", "print(1)", "eval(x)", "a[0]", "1 " * 600):
-        assert is_more_than_an_expression(text), text
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("x**2 + 3*x - 1", "sin(x)*exp(-2.5*x)/3 + C", "log(Abs(x))", "(1 + 3) * 6", "max(x, 2)", "pi", "", "1.5e3*X"),
+        *("2x + y_1 - z2", "sqrt(theta)/3!", "x == y", "asin(x/2) + Integral(exp(-x**2), x)"),
+    ],
+)
+def test_mathematics_is_let_through(text):
+    assert not is_more_than_an_expression(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("().__class__", "x.foo", "'a'", "lambda: 0", "open(x)", "print(1)", "eval(x)", "a[0]", "1 " * 600),
+        # Names that sympy's parser finds in sympy itself: a viewer, its test suite, a compiler, windows, files, a shell.
+        *("preview(x)", "test()", "doctest()", "lambdify(x, x)", "plot(x)", "textplot(x, 0, 1)", "source(sin)"),
+        *("sympify(x)", "parse_expr(x)", "symbols(x)", "init_printing()", "interactive_traversal(x)", "pager_print(x)"),
+        *("global_dict", "exit()", "x if y else z", "not x", "_", "x\\\ny", "1 # 2"),
+        # Python reads these letters as `preview` and `eval`.
+        *("\N{FULLWIDTH LATIN SMALL LETTER P}review(x)", "\N{MATHEMATICAL BOLD SMALL E}val(x)", "\N{GREEK SMALL LETTER PI}"),
+    ],
+)
+def test_everything_else_is_more_than_an_expression(text):
+    assert is_more_than_an_expression(text)
+
+
+@pytest.mark.parametrize("attack", ["preview(x)", "test()", "lambdify(x, x)", "plot(x)"])
+def test_sympys_own_functions_are_not_called(attack, monkeypatch, reasoning_gym):
+    called = []
+    for name in ("preview", "test", "lambdify", "plot"):
+        monkeypatch.setattr(sympy, name, lambda *arguments, name=name: called.append(name) or sympy.Integer(24))
+    entry = reasoning_gym.create_dataset("puzzle24", size=1, seed=1)[0]
+    assert ReasoningGymReward("puzzle24")(completions=[attack], entry=[entry]) == [0.0]
+    assert called == []
 
 
 def test_the_answer_is_taken_from_the_last_tag_or_after_the_thoughts():
@@ -304,9 +353,12 @@ def test_probe_of_what_cannot_be_imported_and_of_a_closure(tmp_path):
     assert "runs inside the trainer: a crash would end the run" in str(closure)
 
 
-def test_probe_with_rows_of_the_data_and_with_a_task():
+def test_probe_with_rows_of_the_data():
     rows = [{"prompt": "1+1", "completion": "2", "answer": "2"}, {"prompt": "1+2", "completion": "4", "answer": "3"}]
     assert "rewards of the samples: 1, 0" in str(probe_reward(f"{SAMPLES}:matches", rows=rows))
+
+
+def test_probe_with_a_task(reasoning_gym):
     report = probe_reward("reasoning_gym:chain_sum")
     assert report.ok
     assert "rewards of the samples: 1, 0, 1, 0" in str(report)

@@ -140,14 +140,16 @@ def test_a_norm_that_stands_there_is_kept_and_the_bias_before_it_goes():
 
 
 def test_a_transformer_projects_what_provably_meets_a_norm_or_all_hidden_layers():
-    net = to_normalized(language_model())
-    assert list(projected_weights(net)) == ["1.up.layer.weight", "2.up.layer.weight"]
+    assert list(projected_weights(to_normalized(language_model()))) == ["1.up.layer.weight", "2.up.layer.weight"]
     expected = [
         f"{block}.{name}"
         for block in (1, 2)
         for name in ("attention.in_proj_weight", "attention.out_proj.weight", "up.layer.weight", "down.weight")
     ]
-    assert list(projected_weights(net, tensors="all_hidden")) == expected
+    net = to_normalized(language_model(), tensors="all_hidden")
+    assert list(projected_weights(net)) == expected
+    assert list(projected_weights(copy.deepcopy(net))) == expected
+    assert net.state_dict().keys() == to_normalized(language_model()).state_dict().keys()
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -171,7 +173,7 @@ def test_the_last_layer_is_an_output_even_behind_a_squash_unless_it_is_said_to_b
 
     assert list(projected_weights(to_normalized(policy()))) == ["0.layer.weight"]
     trunk = to_normalized(policy(), output=False)
-    assert list(projected_weights(trunk, output=False)) == ["0.layer.weight", "2.layer.weight"]
+    assert list(projected_weights(trunk)) == ["0.layer.weight", "2.layer.weight"]
 
 
 def test_what_is_not_a_hidden_weight_is_never_projected():
@@ -185,7 +187,14 @@ def test_what_is_not_a_hidden_weight_is_never_projected():
 
     net = to_normalized(Agent())
     assert list(projected_weights(net)) == ["trunk.0.layer.weight", "trunk.0.norm", "trunk.2.layer.weight"]
-    assert list(projected_weights(net, tensors="all_hidden")) == list(projected_weights(net))
+    assert list(projected_weights(to_normalized(Agent(), tensors="all_hidden"))) == list(projected_weights(net))
+
+
+def test_several_networks_keep_an_output_layer_each():
+    both = nn.ModuleDict({name: to_normalized(MLP([4, 8, 8, 2]), tensors="all_hidden") for name in ("actor", "critic")})
+    names = [f"{name}.{index}.layer.weight" for name in ("actor", "critic") for index in (0, 2)]
+    assert list(projected_weights(both)) == names
+    assert Projector(both).names == names
 
 
 def test_tied_weights_are_projected_once_and_not_at_all_when_tied_to_an_embedding_or_the_output():
@@ -209,9 +218,9 @@ def test_a_weight_also_used_without_a_norm_is_not_scale_invariant():
             self.skip.weight = self.body[0].weight
             self.head = nn.Linear(4, 1)
 
-    net = to_normalized(Twice())
-    assert projected_weights(net) == {}
-    assert list(projected_weights(net, tensors="all_hidden")) == ["body.0.layer.weight"]
+    assert projected_weights(to_normalized(Twice())) == {}
+    hidden = projected_weights(to_normalized(Twice(), tensors="all_hidden"))
+    assert list(hidden) == ["body.0.layer.weight"]
 
 
 def test_a_layer_used_twice_is_one_layer():
@@ -227,9 +236,9 @@ def test_what_cannot_be_normalised_is_refused():
     with pytest.raises(ValueError, match="a single layer has no hidden part"):
         to_normalized(nn.Linear(4, 2))
     with pytest.raises(ValueError, match="no weight meets a norm: call `to_normalized` first"):
-        Projector(projected_weights(mlp()))
+        Projector(mlp())
     with pytest.raises(ValueError, match="`normalize_and_project.every` must be at least 1, got 0"):
-        Projector(projected_weights(to_normalized(mlp())), every=0)
+        Projector(to_normalized(mlp()), every=0)
 
 
 # ---------------------------------------------------------------- the symmetry
@@ -306,8 +315,8 @@ def test_norms_stay_under_any_optimizer_and_would_not_without(make, layer_norm):
     free = to_normalized(mlp(layer_norm=layer_norm))
     net = copy.deepcopy(free)
     optimizer = make(net.parameters())
-    projector = Projector(projected_weights(net))
-    unattached = Projector(projected_weights(free))
+    projector = Projector(net)
+    unattached = Projector(free)
     first = projector.norms.clone()
     projector.attach(optimizer)
     train(net, optimizer, 20)
@@ -326,7 +335,7 @@ def test_the_output_layer_moves_freely():
     torch.manual_seed(0)
     net = to_normalized(mlp())
     optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
-    Projector(projected_weights(net)).attach(optimizer)
+    Projector(net).attach(optimizer)
     before = net.last.weight.norm().item()
     train(net, optimizer, 20)
     assert abs(net.last.weight.norm().item() / before - 1) > 0.05
@@ -334,7 +343,7 @@ def test_the_output_layer_moves_freely():
 
 def test_projection_changes_no_direction_and_no_function():
     net, x = converted("mlp")
-    projector = Projector(projected_weights(net))
+    projector = Projector(net)
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.3 * torch.randn_like(p))
@@ -350,7 +359,7 @@ def test_projection_changes_no_direction_and_no_function():
 def test_projection_every_few_steps():
     net = to_normalized(mlp())
     optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
-    projector = Projector(projected_weights(net), every=3)
+    projector = Projector(net, every=3)
     projector.attach(optimizer)
     growth = []
     for step in range(6):
@@ -362,7 +371,7 @@ def test_projection_every_few_steps():
 def test_a_removed_hook_projects_no_more():
     net = to_normalized(mlp())
     optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
-    projector = Projector(projected_weights(net))
+    projector = Projector(net)
     projector.attach(optimizer).remove()
     train(net, optimizer, 5)
     assert projector.steps == 0
@@ -372,25 +381,25 @@ def test_a_removed_hook_projects_no_more():
 def test_the_norms_travel_with_the_checkpoint():
     torch.manual_seed(0)
     net = to_normalized(mlp())
-    projector = Projector(projected_weights(net), every=2)
+    projector = Projector(net, every=2)
     with torch.no_grad():
         for p in net.parameters():
             p.mul_(2.0)
     projector.steps = 5
-    resumed = Projector(projected_weights(net), every=2)  # made when the weights had grown already
+    resumed = Projector(net, every=2)  # made when the weights had grown already
     resumed.load_state_dict(projector.state_dict())
     assert resumed.norms.equal(projector.norms)
     assert resumed.steps == 5
     resumed.project()
     torch.testing.assert_close(resumed.current(), projector.norms)
     with pytest.raises(ValueError, match="this projector holds"):
-        Projector(projected_weights(to_normalized(MLP([8, 16, 3])))).load_state_dict(projector.state_dict())
+        Projector(to_normalized(MLP([8, 16, 3]))).load_state_dict(projector.state_dict())
 
 
 def test_a_group_that_begins_at_zero_stays_free():
     net = resnet()
     nn.init.zeros_(net[3].bn2.weight)  # the usual start of a residual branch; the offset is zero anyway
-    projector = Projector(projected_weights(to_normalized(net)))
+    projector = Projector(to_normalized(net))
     with torch.no_grad():
         net[3].conv2.norm.weight.fill_(0.5)
     projector.project()
@@ -398,12 +407,30 @@ def test_a_group_that_begins_at_zero_stays_free():
 
 
 def test_metrics_by_hand():
-    weight = nn.Parameter(torch.tensor([[3.0, 4.0]]))
-    projector = Projector({"w": (weight,)})
+    net = to_normalized(MLP([1, 2, 1]))
     with torch.no_grad():
-        weight.mul_(2.0)
+        net[0].weight.copy_(torch.tensor([[3.0], [4.0]]))
+    projector = Projector(net)
+    with torch.no_grad():
+        net[0].weight.mul_(2.0)
     found = projector.metrics(0.5)
     assert found == pytest.approx({"nap/norm_growth": 2.0, "nap/effective_learning_rate": 0.05})
+
+
+def test_hidden_weights_without_a_norm_are_held_too_if_asked_for():
+    net = to_normalized(language_model(), tensors="all_hidden")
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    projector = Projector(net)
+    projector.attach(optimizer)
+    tokens = torch.randint(11, (4, 5))
+    embedding = net[0].weight.norm().item()
+    for _ in range(5):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(tokens).flatten(0, 1), tokens.flatten()).backward()
+        optimizer.step()
+    torch.testing.assert_close(projector.current(), projector.norms)
+    assert net[1].down.weight.norm().item() == pytest.approx(projector.norms[3].item(), rel=1e-5)
+    assert net[0].weight.norm().item() != pytest.approx(embedding, rel=1e-4)
 
 
 # ---------------------------------------------------------------- dormant units

@@ -251,6 +251,15 @@ def test_moving_the_rows_with_the_support_keeps_the_values(cfg):
     assert shifted > 5 * kept  # without the layer all values would have been stretched
 
 
+def test_new_bins_begin_unlikely():
+    head, layer = ValueHead(TwoHot()), nn.Linear(2, 101)
+    head.fit_support(torch.tensor([-1.0, 1.0]))
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)  # equal logits decode to 0; over all bins of the wider support they would to about 2
+    head.fit_support(torch.tensor([5.0]), layer=layer)
+    assert head.values(layer(torch.zeros(1, 2))).abs().item() < 0.1
+
+
 def test_the_first_support_sets_the_layer_to_decode_zero():
     head, layer = ValueHead(HLGauss()), nn.Linear(4, 101)
     nn.init.zeros_(layer.weight)

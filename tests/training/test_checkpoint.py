@@ -159,21 +159,21 @@ def test_saving_does_not_touch_the_state(tmp_path) -> None:
     assert state["loop"] == {"x": [1, (2,)]}
 
 
-def test_only_the_newest_are_kept_and_those_marked_forever(tmp_path) -> None:
+def test_only_the_newest_are_kept(tmp_path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
-    assert (checkpoints.steps(), checkpoints.latest()) == ([], None)
+    assert (checkpoints.steps(), checkpoints.latest(), checkpoints.empty) == ([], None, True)
     for number in range(1, 6):
-        checkpoints.save(number, {"n": number}, keep_forever=number == 2)
-    assert checkpoints.steps() == [2, 4, 5]
+        checkpoints.save(number, {"n": number})
+    assert (checkpoints.steps(), checkpoints.empty) == ([4, 5], False)
     assert checkpoints.latest() == tmp_path / "ckpt-000005"
     assert (tmp_path / "latest").read_text() == "ckpt-000005\n"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt-000002", "ckpt-000004", "ckpt-000005", "latest"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt-000004", "ckpt-000005", "latest"]
 
 
 def test_newest_means_saved_last_after_training_went_back(tmp_path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path, keep=4)
     for number in (10, 20, 30):
-        checkpoints.save(number, {"branch": "first"}, keep_forever=True)
+        checkpoints.save(number, {"branch": "first"})
     assert checkpoints.load(tmp_path / "ckpt-000010").step == 10
     checkpoints.save(11, {"branch": "second"})
     assert checkpoints.load().step == 11

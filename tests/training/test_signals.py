@@ -75,13 +75,3 @@ def test_a_closed_terminal_does_not_break_the_handler(monkeypatch) -> None:
     with GracefulStop() as stop:
         signal.raise_signal(signal.SIGTERM)
         assert stop.requested
-
-
-def test_raise_if_requested_carries_exit_code_75() -> None:
-    stop = GracefulStop()
-    stop.raise_if_requested("nothing asked")
-    stop.request()
-    with pytest.raises(Interrupted, match="resume with x") as caught:
-        stop.raise_if_requested("resume with x")
-    assert caught.value.exit_code == 75
-    assert stop.reason == "SIGTERM"

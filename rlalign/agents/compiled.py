@@ -1,0 +1,42 @@
+"""The gradient of a loss over one flat parameter vector, compiled into a single function."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+
+from rlalign.config import ConfigError
+from rlalign.optim.flat import FlatParameters
+
+Loss = Callable[[Any, Mapping[str, Tensor]], tuple[Tensor, tuple[Tensor, ...]]]
+"""(outputs of the networks, a minibatch) -> (scalar, what else is wanted of the way there)."""
+
+
+class CompiledGradient:
+    """Writes the gradient of `loss(networks(minibatch), minibatch)` into the flat buffer's gradient.
+
+    For small networks PyTorch spends most of a step on the way to its kernels; a compiled step goes there once. It is
+    the same loss, and the same gradient up to rounding. The first call compiles; every later one must have minibatches of the
+    same shapes.
+
+    Raises:
+        ConfigError: There is no C++ compiler, at the first call.
+    """
+
+    def __init__(self, networks: nn.Module, loss: Loss, flat: FlatParameters):
+        self.flat = flat
+
+        def of_parameters(vector: Tensor, minibatch: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+            return loss(functional_call(networks, flat.named(vector), (minibatch,)), minibatch)
+
+        self.gradient = torch.compile(grad(of_parameters, has_aux=True), fullgraph=True, dynamic=False)
+
+    def __call__(self, minibatch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        try:
+            gradient, scored = self.gradient(self.flat.parameter.detach(), minibatch)
+        except torch._inductor.exc.InvalidCxxCompiler as error:
+            raise ConfigError("`compile: true` needs a C++ compiler (g++ or clang++); install one, or set it to false.") from error
+        self.flat.gradient.copy_(gradient)
+        return scored
