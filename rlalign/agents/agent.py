@@ -65,6 +65,7 @@ class Agent:
     ):
         given = {"env": env} if isinstance(env, str) else {}
         settings = config_from_keywords(self.config_class, {**given, **config, "seed": seed, **_dataset(dataset)})
+        self.description: Mapping[str, Any] = {}
         self._begin(settings, env if isinstance(env, gym.vector.VectorEnv) else None, dataset, run_dir, callback, None)
 
     @classmethod
@@ -75,9 +76,11 @@ class Agent:
         env: VectorEnv | None = None,
         run_dir: str | Path | None = None,
         config_text: str | None = None,
+        description: Mapping[str, Any] | None = None,
     ) -> AnyAgent:
-        """Build an agent from a validated config, as `rlalign train` does."""
+        """Build an agent from a validated config, as `rlalign train` does; `description` is what `described` gave."""
         agent = cls.__new__(cls)
+        agent.description = description or {}
         agent._begin(config, env, None, run_dir, None, config_text)
         return agent
 
@@ -132,6 +135,10 @@ class Agent:
     def optimizers(self) -> dict[str, Any]:
         """Name -> whatever keeps the state of optimization."""
         raise NotImplementedError
+
+    def described(self) -> dict[str, Any]:
+        """What a saved agent must know to be built again, beyond its config."""
+        return {}
 
     def progress(self) -> dict[str, Any]:
         """Name -> object with `state_dict`, beyond weights and optimizers: collector, buffers, schedules."""
@@ -247,7 +254,7 @@ class Agent:
         folder.mkdir(parents=True, exist_ok=True)
         tree, tensors = encode(self.learned())
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
-        settings = {"config": config_files.dump(self.config), "step": self.step, "learned": tree}
+        settings = {"config": config_files.dump(self.config), "step": self.step, "description": self.described(), "learned": tree}
         (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
     save_model = save
@@ -271,7 +278,7 @@ class Agent:
         config = config_files.build(settings["config"], source=str(folder / SETTINGS))
         if not isinstance(config, cls.config_class):
             raise ConfigError(f"{path} holds an agent of method {settings['config']['method']!r}, not {cls.__name__}.")
-        agent = cls.from_config(config, env=env)
+        agent = cls.from_config(config, env=env, description=settings["description"])
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         agent.load_learned(decode(settings["learned"], tensors))

@@ -81,7 +81,7 @@ def state_values(
         actions = torch.arange(distribution.size, device=params.device).expand_as(probs)
     else:
         noise = distribution.noise((*params.shape[:2], samples), random).to(params.device)
-        actions = distribution.sample(params.unsqueeze(2), noise)
+        actions = distribution.sample(params.unsqueeze(2).expand(-1, -1, samples, -1), noise)
         probs = params.new_full((*params.shape[:2], samples), 1 / samples)
     count, at_once = probs.shape[2], max(1, ROWS_AT_ONCE // (probs.shape[0] * probs.shape[2]))
     numbers = encoded(distribution, actions)

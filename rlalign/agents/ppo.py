@@ -51,7 +51,8 @@ class PPO(OnPolicyAgent):
     def minibatches(self, batch: TrainBatch) -> Iterator[Decisions]:
         """All decisions of the rollout, dealt anew in every pass."""
         assert batch.returns is not None
-        self.model.critic.head.fit_support(batch.returns[batch.mask])
+        critic = self.model.critic
+        critic.head.fit_support(batch.returns[batch.mask], layer=critic.network.last)
         decisions = Decisions.of(batch)
         if self.config.normalize_advantages == "batch":
             decisions = decisions.replaced(advantages=normalized(decisions["advantages"]))

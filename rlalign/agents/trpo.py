@@ -82,7 +82,8 @@ class TRPO(OnPolicyAgent):
     def minibatches(self, batch: TrainBatch) -> Iterator[Decisions]:
         """All decisions of the rollout, dealt anew in every pass of the critic."""
         assert batch.returns is not None
-        self.model.critic.head.fit_support(batch.returns[batch.mask])
+        critic = self.model.critic
+        critic.head.fit_support(batch.returns[batch.mask], layer=critic.network.last)
         decisions, order = Decisions.of(batch), self.random("minibatches")
         for _ in range(self.config.critic_epochs):
             yield from decisions.minibatches(self.config.minibatch_size, order)

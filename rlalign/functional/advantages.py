@@ -131,8 +131,8 @@ def max_likelihood(
     groups = Groups.of(rewards, group, scored)
     if bool((groups.rewards < 0).any()):
         raise ValueError(
-            f"maximum likelihood needs rewards >= 0, got {float(groups.rewards.min())}: a mean near or below 0 would blow "
-            "advantages up or turn them round. Shift the reward, or choose another `advantage.type`."
+            f"maximum likelihood needs rewards >= 0, got {float(groups.rewards.min())}: a mean near or below 0 would "
+            "blow advantages up or turn them round. Shift the reward, or choose another `advantage.type`."
         )
     divisor = torch.where(groups.mean > 0, groups.mean, 1)
     return groups.finish(groups.centred / divisor[groups.index], rewards.dtype)

@@ -1,22 +1,53 @@
 """Settings of the language-model trainers: data only, no torch. Defaults of `BNPOConfig` are the BNPO paper's."""
 
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from rlalign.advantages.config import AdvantageConfig, BetaNormalized, GroupRelative
+from rlalign.llm.config_fields import STRICT, Count, CountOrZero, Finite, Fraction, NonNegative, Positive
+from rlalign.llm.config_objectives import (
+    CISPO,
+    GSPO,
+    SAPO,
+    Aggregation,
+    ClippedSurrogate,
+    CorrectionConfig,
+    KLConfig,
+    ObjectiveConfig,
+    Reinforce,
+)
+from rlalign.llm.config_rollout import EngineConfig, RolloutConfig, Transformers, VLLMServer, is_loopback
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Port = Annotated[int, Field(ge=1, le=65535)]
-
-STRICT = ConfigDict(extra="forbid")
+__all__ = [
+    "Aggregation",
+    "BNPOConfig",
+    "BaselineConfig",
+    "CISPO",
+    "CheckpointConfig",
+    "ClippedSurrogate",
+    "CorrectionConfig",
+    "DataConfig",
+    "DatasetConfig",
+    "EngineConfig",
+    "EvalConfig",
+    "GSPO",
+    "GuardConfig",
+    "KLConfig",
+    "LogConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "PolicyGradientConfig",
+    "Reinforce",
+    "RewardConfig",
+    "RolloutConfig",
+    "SAPO",
+    "Transformers",
+    "VLLMServer",
+    "is_loopback",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,159 +131,6 @@ class GuardConfig:
     penalty: Finite = 0.0
     error_budget: Fraction = 0.05
     """Abort when more than this share of the last 200 rows failed. The first batch always raises."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Transformers:
-    """Sample in the training process with the model itself."""
-
-    __pydantic_config__ = STRICT
-    type: Literal["transformers"] = "transformers"
-    prepack: bool = True
-    """Float32 on a CPU only: hold a second copy of the weights while sampling, in an order that decodes faster."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VLLMServer:
-    """Sample with a running `trl vllm-serve`, which gets the new weights before every rollout. Needs CUDA devices.
-
-    The server has devices of its own. Held-out evaluation and greedy baselines still sample in the training process.
-    A run resumes with the right weights, but a server's random numbers are its own: not bit for bit.
-    """
-
-    __pydantic_config__ = STRICT
-    type: Literal["vllm_server"] = "vllm_server"
-    host: str = "127.0.0.1"
-    port: Port = 8000
-    group_port: Port = 51216
-    """Of the connection that carries the weights."""
-    timeout_s: NonNegative = 240.0
-    """How long to wait, when training begins, for a server that is still loading."""
-    allow_remote: bool = False
-    """Talk to another machine. The server asks nobody for a password and nothing is encrypted: whoever reaches its
-    ports can read prompts and replace weights, so keep both on a network of your own."""
-
-    def __post_init__(self) -> None:
-        if not (self.allow_remote or is_loopback(self.host)):
-            raise ValueError(
-                f"`host`={self.host} is not this machine. Use 127.0.0.1, or set `allow_remote: true` on a network "
-                "where nobody else reaches the server, which has no password and no encryption."
-            )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can be meant: `localhost`, 127.0.0.0/8 or ::1."""
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:  # a name; who knows where it leads
-        return False
-
-
-EngineConfig = Annotated[Transformers | VLLMServer, Field(discriminator="type")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """How completions are sampled. Batch sizes follow from prompts x group; micro-batches are derived."""
-
-    __pydantic_config__ = STRICT
-
-    prompts_per_step: Count = 32
-    group_size: Annotated[int, Field(ge=2)] = 16
-    """Completions per prompt. Group estimators compare them with each other, so at least two."""
-    max_prompt_tokens: Count = 1024
-    """Longer prompts are refused by the data check (never silently cut)."""
-    max_completion_tokens: Count = 3072
-    stop: list[str] = field(default_factory=list)
-    """Texts of one token each, such as "\\n", that end a completion like the end-of-sequence token; part of it."""
-    temperature: Positive = 1.0
-    """Of sampling and of every log-probability in training alike."""
-    mask_truncated: bool = False
-    """Completions that hit `max_completion_tokens` count in baselines but not in the loss (DAPO)."""
-    decode_rows: Count | None = None
-    """Most rows decoded at once; None decodes the whole step in one batch."""
-    engine: EngineConfig = field(default_factory=Transformers)
-    """Who samples: this process, or a vLLM server on other CUDA devices."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reinforce:
-    """-A log pi: the plain policy gradient, for strictly on-policy steps."""
-
-    __pydantic_config__ = STRICT
-    type: Literal["reinforce"] = "reinforce"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClippedSurrogate:
-    """PPO's clipped ratio (Schulman et al. 2017); asymmetric as in DAPO, with an optional dual clip."""
-
-    __pydantic_config__ = STRICT
-    type: Literal["clipped_surrogate"] = "clipped_surrogate"
-    clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
-    clip_high: NonNegative = 0.28
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class CISPO:
-    """Truncated importance weight times log pi (MiniMax-M1; ScaleRL). `cap` is absolute."""
-
-    __pydantic_config__ = STRICT
-    type: Literal["cispo"] = "cispo"
-    cap: Annotated[float, Field(ge=1)] = 5.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class GSPO:
-    """Sequence-level ratio, clipped (Zheng et al. 2025). `per_token` keeps token gradients (GSPO-token)."""
-
-    __pydantic_config__ = STRICT
-    type: Literal["gspo"] = "gspo"
-    clip_low: Annotated[float, Field(ge=0, le=1)] = 3e-4
-    clip_high: NonNegative = 4e-4
-    per_token: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class SAPO:
-    """Soft sigmoid gate on the ratio in place of a clip."""
-
-    __pydantic_config__ = STRICT
-    type: Literal["sapo"] = "sapo"
-    tau_positive: Positive = 1.0
-    tau_negative: Positive = 1.05
-
-
-ObjectiveConfig = Annotated[Reinforce | ClippedSurrogate | CISPO | GSPO | SAPO, Field(discriminator="type")]
-Aggregation = Literal["token", "sequence_mean", "sequence_sum", "group", "constant"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorrectionConfig:
-    """Importance weight between the sampling engine and the trainer; only matters with an external engine."""
-
-    __pydantic_config__ = STRICT
-
-    kind: Literal["none", "truncated", "masked"] = "truncated"
-    cap: Annotated[float, Field(ge=1)] = 2.0
-    floor: Fraction = 0.5
-    """`masked` zeroes tokens whose weight leaves [floor, cap]."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class KLConfig:
-    """Penalty towards the reference model (the model as it was before training)."""
-
-    __pydantic_config__ = STRICT
-
-    coef: NonNegative = 0.0
-    """0 loads no reference at all."""
-    where: Literal["loss", "reward"] = "loss"
-    estimator: Literal["k1", "k2", "k3"] | None = None
-    """None: `k3` in the loss, `k1` in the reward."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -292,5 +292,5 @@ def gap_note(gap: float, *, external: bool) -> str:
         )
     return (
         f"Sampling engine and trainer {size}. `correction` bounds the harm, but look for a cause: another `--dtype` or "
-        "a coarse `--kv-cache-dtype` on the server, a model that it implements differently, or weights that did not arrive."
+        "a coarse `--kv-cache-dtype` on the server, a model it implements differently, or weights that did not arrive."
     )

@@ -103,45 +103,78 @@ def generate_groups(
         ValueError: A prompt is empty, `uniforms` is missing or of another shape, or the model gives NaN.
     """
     rows = len(prompts) * group_size
-    if empty := [index for index, prompt in enumerate(prompts) if len(prompt) == 0]:
-        raise ValueError(f"prompt {empty[0]} has no tokens; every prompt needs at least one.")
-    if temperature > 0 and (uniforms is None or uniforms.shape != (rows, max_new_tokens)):
-        got = None if uniforms is None else tuple(uniforms.shape)
-        raise ValueError(f"sampling needs `uniforms` of shape {(rows, max_new_tokens)}, got {got}.")
-    device = model.device
-    ids = torch.full((rows, max_new_tokens), pad_id, dtype=torch.long, device=device)
-    log_prob = torch.zeros(rows, max_new_tokens, device=device)
-    lengths = torch.zeros(rows, dtype=torch.long, device=device)
-    ended = torch.zeros(rows, dtype=torch.bool, device=device)
-    ends = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
+    _require_complete(prompts, uniforms, (rows, max_new_tokens), temperature)
+    written = _Written(rows, max_new_tokens, pad_id=pad_id, eos_ids=eos_ids, device=model.device)
     per_batch = max(1, (decode_rows or rows) // group_size)
     training = model.training
     model.eval()
     try:
         with prepacked(model, rows=min(rows, per_batch * group_size), steps=max_new_tokens * prepack):
-            for start in range(0, len(prompts), per_batch):
-                chunk = prompts[start : start + per_batch]
-                span = slice(start * group_size, (start + len(chunk)) * group_size)
-                noise = uniforms[span].to(device) if uniforms is not None and temperature > 0 else None
+            for first in range(0, len(prompts), per_batch):
+                chunk = prompts[first : first + per_batch]
+                span = slice(first * group_size, (first + len(chunk)) * group_size)
+                noise = uniforms[span].to(model.device) if uniforms is not None and temperature > 0 else None
                 state = _Decode(model, chunk, group_size=group_size, pad_id=pad_id)
-                for step in range(max_new_tokens):
-                    picked = None if noise is None else noise[state.rows, step]
-                    token, token_log_prob = sample_tokens(state.logits, picked, temperature=temperature, top_p=top_p)
-                    at = state.rows + span.start
-                    ids[at, step], log_prob[at, step], lengths[at] = token, token_log_prob, step + 1
-                    stop = torch.isin(token, ends)
-                    ended[at] = stop
-                    if step + 1 == max_new_tokens or bool(stop.all()):
-                        break
-                    state.advance(token, keep=~stop)
+                _decode(state, written, span.start, noise, temperature=temperature, top_p=top_p)
     finally:
         model.train(training)
-    if bool(log_prob.isnan().any()):
-        raise ValueError(
-            "the model's logits are NaN or infinite: its weights are broken, or `model.dtype` is too narrow for them."
+    return written.generations()
+
+
+def _require_complete(
+    prompts: Sequence[Sequence[int]], uniforms: Tensor | None, shape: tuple[int, int], temperature: float
+) -> None:
+    if empty := [index for index, prompt in enumerate(prompts) if len(prompt) == 0]:
+        raise ValueError(f"prompt {empty[0]} has no tokens; every prompt needs at least one.")
+    if temperature > 0 and (uniforms is None or uniforms.shape != shape):
+        got = None if uniforms is None else tuple(uniforms.shape)
+        raise ValueError(f"sampling needs `uniforms` of shape {shape}, got {got}.")
+
+
+def _decode(
+    state: "_Decode", written: "_Written", first: int, noise: Tensor | None, *, temperature: float, top_p: float
+) -> None:
+    """Write the completions of one decode batch, whose rows begin at row `first` of all."""
+    for step in range(written.time):
+        picked = None if noise is None else noise[state.rows, step]
+        token, log_prob = sample_tokens(state.logits, picked, temperature=temperature, top_p=top_p)
+        ended = written.add(state.rows + first, step, token, log_prob)
+        if step + 1 == written.time or bool(ended.all()):
+            break
+        state.advance(token, keep=~ended)
+
+
+class _Written:
+    """What has been sampled so far, in rows of all decode batches."""
+
+    def __init__(self, rows: int, time: int, *, pad_id: int, eos_ids: Sequence[int], device: torch.device):
+        self.time = time
+        self.ids = torch.full((rows, time), pad_id, dtype=torch.long, device=device)
+        self.log_prob = torch.zeros(rows, time, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.ends = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
+
+    def add(self, rows: Tensor, step: int, token: Tensor, log_prob: Tensor) -> Bool[Tensor, " alive"]:
+        """Append one token to each of `rows`; return which of them it ends."""
+        ended = torch.isin(token, self.ends)
+        self.ids[rows, step], self.log_prob[rows, step], self.lengths[rows] = token, log_prob, step + 1
+        self.ended[rows] = ended
+        return ended
+
+    def generations(self) -> Generations:
+        if bool(self.log_prob.isnan().any()):
+            raise ValueError(
+                "the model's logits are NaN or infinite: its weights are broken, or `model.dtype` is too narrow for "
+                "them."
+            )
+        longest = int(self.lengths.max())
+        return Generations(
+            ids=self.ids[:, :longest],
+            log_prob=self.log_prob[:, :longest],
+            lengths=self.lengths,
+            truncated=~self.ended,
         )
-    longest = int(lengths.max())
-    return Generations(ids=ids[:, :longest], log_prob=log_prob[:, :longest], lengths=lengths, truncated=~ended)
 
 
 def sample_tokens(

@@ -16,8 +16,8 @@ def require_true_gradients(accelerator: Accelerator) -> None:
     steps, precision = accelerator.gradient_accumulation_steps, accelerator.mixed_precision
     if steps != 1:
         raise ConfigError(
-            f"`accelerate.gradient_accumulation_steps`={steps} (or ACCELERATE_GRADIENT_ACCUMULATION_STEPS) divides every "
-            f"gradient by {steps}: micro-batches are added up without it. Leave it out, and lower "
+            f"`accelerate.gradient_accumulation_steps`={steps} (or ACCELERATE_GRADIENT_ACCUMULATION_STEPS) divides "
+            f"every gradient by {steps}: micro-batches are added up without it. Leave it out, and lower "
             "`optim.micro_batch_tokens` if memory is short."
         )
     if precision not in ("no", "bf16"):

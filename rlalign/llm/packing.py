@@ -10,6 +10,10 @@ from torch import Tensor
 from rlalign.buffers import Rollout
 
 
+PROMPT, PADDING = -1, -2
+"""Who owns a token of a packed row, beside the completions, which are numbered from 0."""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Layout:
     """Token rows for the model and, for every decision to score, where it is predicted and where its number belongs."""
@@ -107,26 +111,17 @@ def pack_prefix_shared(parts: Sequence[Segment], rollout: Rollout) -> Layout:
     width, time = max(part.tokens for part in parts), completions.shape[1]
     ids = torch.zeros(len(parts), width, dtype=torch.long)
     positions = torch.zeros(len(parts), width, dtype=torch.long)
-    # Owner -1 is the prompt, n >= 0 the n-th completion, -2 padding.
-    owner = torch.full((len(parts), width), -2, dtype=torch.long)
+    owner = torch.full((len(parts), width), PADDING, dtype=torch.long)
     predictor, target = [], []
     for line, part in enumerate(parts):
-        prompt_length = len(part.prompt)
-        ids[line, :prompt_length] = torch.tensor(part.prompt)
-        positions[line, :prompt_length] = torch.arange(prompt_length)
-        owner[line, :prompt_length] = -1
-        start = prompt_length
-        for member, (row, length) in enumerate(zip(part.rows, part.lengths, strict=True)):
-            span = slice(start, start + length)
-            ids[line, span] = completions[row, :length]
-            positions[line, span] = torch.arange(prompt_length, prompt_length + length)
-            owner[line, span] = member
-            before = torch.arange(start - 1, start + length - 1)
-            before[0] = prompt_length - 1
-            real = mask[row, :length]
-            predictor.append(before[real] + line * width)
-            target.append(torch.arange(length)[real] + row * time)
-            start += length
+        prompt = [torch.tensor(part.prompt)]
+        written = [completions[row, :length] for row, length in zip(part.rows, part.lengths, strict=True)]
+        ids[line, : part.tokens] = torch.cat(prompt + written)
+        positions[line, : part.tokens], owner[line, : part.tokens], before = _places(part)
+        real = torch.cat([mask[row, :length] for row, length in zip(part.rows, part.lengths, strict=True)])
+        there = [torch.arange(length) + row * time for row, length in zip(part.rows, part.lengths, strict=True)]
+        predictor.append(before[real] + line * width)
+        target.append(torch.cat(there)[real])
     target = torch.cat(target)
     return Layout(
         ids=ids,
@@ -138,11 +133,22 @@ def pack_prefix_shared(parts: Sequence[Segment], rollout: Rollout) -> Layout:
     )
 
 
+def _places(part: Segment) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " tokens"], Int[Tensor, " written"]]:
+    """Position and owner of every token of a segment, and for every completion token the place that predicts it."""
+    prompt, lengths = len(part.prompt), torch.tensor(part.lengths)
+    member = torch.arange(len(part.lengths)).repeat_interleave(lengths)
+    place = torch.arange(prompt, part.tokens)
+    within = place - prompt - (lengths.cumsum(0) - lengths)[member]
+    positions = torch.cat([torch.arange(prompt), prompt + within])
+    owner = torch.cat([torch.full((prompt,), PROMPT), member])
+    return positions, owner, torch.where(within == 0, prompt - 1, place - 1)
+
+
 def _shared_attention(owner: Int[Tensor, "rows length"]) -> Bool[Tensor, "rows 1 length length"]:
     key, query = owner[:, None, :], owner[:, :, None]
     length = owner.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    sees = ((key == query) | (key == -1)) & causal
+    sees = ((key == query) | (key == PROMPT)) & causal
     # Padding sees itself: a row of the mask without a single True is NaN in some kernels.
     return (sees | torch.eye(length, dtype=torch.bool))[:, None]
 

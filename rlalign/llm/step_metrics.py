@@ -98,7 +98,7 @@ class StepMetrics:
             "reward/constant_group_frac": float((~self.differ).double().mean()),
             **{f"custom/{name}": value for name, value in self.rows.logged.items()},
             "signal/group_frac": float(live.double().mean()),
-            "signal/groups_skipped": float(self.skipped),
+            "signal/groups_skipped": self.skipped / cfg.optim.update_epochs,
             "policy/entropy_nats": sums["entropy"] / decisions,
             "policy/clip_low_frac": sums["clip_low"] / decisions,
             "policy/clip_high_frac": sums["clip_high"] / decisions,

@@ -61,9 +61,8 @@ class SignalWatch:
         share = f"{groups_without_signal} of {groups} groups"
         text = (
             f"step {step}: for {self.streak} steps in a row over {self.threshold:.0%} of the groups had no signal "
-            f"({share} now): all completions of a group got the same reward, or none is in the loss, so there is nothing "
-            "to learn. "
-            f"{cause(rewards)}"
+            f"({share} now): all completions of a group got the same reward, or none is in the loss, so there is "
+            f"nothing to learn. {cause(rewards)}"
         )
         if self.stop_after and self.streak >= self.stop_after:
             raise NoSignalError(f"{text} Stopped by `stop_without_signal`={self.stop_after}.")

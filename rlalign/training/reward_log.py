@@ -27,25 +27,26 @@ class WorkerLog:
         os.unlink(name)
         self._kept = 0
 
-    def fileno(self) -> int:
-        """For `subprocess`."""
-        return self._file.fileno()
+    @property
+    def stderr(self) -> int | None:
+        """Where a worker's standard error goes, for `subprocess`."""
+        return None if self.path is None else self._file.fileno()
 
     def keep(self) -> None:
         """Append what came since the last time to `path`; past 10 MiB the file begins anew."""
-        size = os.fstat(self.fileno()).st_size
+        size = os.fstat(self._file.fileno()).st_size
         if self.path is not None and size > self._kept:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
-                file.write(os.pread(self.fileno(), size - self._kept, self._kept))
+                file.write(os.pread(self._file.fileno(), size - self._kept, self._kept))
                 if file.tell() > _LIMIT:
                     file.truncate(0)
         self._kept = size
         if size > _LIMIT:
-            os.truncate(self.fileno(), 0)
+            os.truncate(self._file.fileno(), 0)
             self._kept = 0
 
     def tail(self) -> str:
         """The last words."""
-        size = os.fstat(self.fileno()).st_size
-        return os.pread(self.fileno(), 2000, max(0, size - 2000)).decode(errors="replace")
+        size = os.fstat(self._file.fileno()).st_size
+        return os.pread(self._file.fileno(), 2000, max(0, size - 2000)).decode(errors="replace")

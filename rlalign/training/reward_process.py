@@ -163,7 +163,7 @@ class RewardProcess:
             self._process = subprocess.Popen(
                 [*command, str(request_read), str(response_write), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
-                stderr=self._log if self._log.path is not None else None,
+                stderr=self._log.stderr,
                 pass_fds=(request_read, response_write),
                 start_new_session=True,
                 env=_environment(),

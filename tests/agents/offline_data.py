@@ -7,7 +7,6 @@ from rlalign.agents.config import AgentOptimConfig, NetworkConfig
 from rlalign.buffers.transitions import Episode, Transitions
 
 SMALL = NetworkConfig(hidden=[16, 16], activation="relu")
-ADAM = AgentOptimConfig(learning_rate=1e-3, eps=1e-8, max_grad_norm=None)
 
 
 def small(*, lr=1e-3, **changes):

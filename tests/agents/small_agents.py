@@ -28,7 +28,7 @@ def small(cls: type, env: Any = "CartPole-v1", **config: Any) -> Any:
 
 def in_spaces(cls: type, *, observation: str = "box", action: str = "discrete", mask: str = "", **config: Any) -> Any:
     kwargs = {"observation": observation, "action": action, "mask": mask}
-    return small(cls, {"id": ANY, "kwargs": kwargs, "num_envs": config.pop("num_envs", 4)}, **config)
+    return small(cls, ANY, kwargs=kwargs, **config)
 
 
 def _takes(cls: type, name: str) -> bool:

@@ -214,7 +214,6 @@ def test_classification_heads_fit_their_range_before_the_first_step(head):
 
 def test_normalise_and_project_keeps_the_norms_of_both_networks():
     agent = small(PPO, normalize_and_project=True, learning_rate=1e-2)
-    before = {n: p.detach().norm() for n, p in agent.model.modules_named() if p.ndim == 2} if False else None
     weights = [
         layer.weight
         for network in (agent.model.actor, agent.model.critic)

@@ -170,8 +170,9 @@ def test_domains_define_no_buffer_and_no_equation_of_their_own():
 
 
 def torch_free_modules() -> list[str]:
-    """Package `__init__`s, every `config.py`, and the modules that `rlalign --help` reads."""
-    light = [p for p in sources() if p.name in ("__init__.py", "config.py") or unit_of(dotted_name(p)) in NO_TORCH]
+    """Package `__init__`s, every `config.py` and `config_*.py`, and the modules that `rlalign --help` reads."""
+    light = [p for p in sources() if p.stem in ("__init__", "config") or p.stem.startswith("config_")]
+    light += [p for p in sources() if p not in light and unit_of(dotted_name(p)) in NO_TORCH]
     return [dotted_name(path) for path in light]
 
 
