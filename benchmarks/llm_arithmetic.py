@@ -12,9 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from provenance import commit, versions
 
 from rlalign.training.intervals import Interval, paired_bootstrap
 from rlalign.training.metrics import read
@@ -31,12 +32,12 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         runs = [train(args.config, seed, args.overrides, Path(scratch) / f"seed-{seed}") for seed in range(args.seeds)]
-    packages = {name: version(name) for name in ("torch", "transformers", "rlalign")}
     machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
     result = {
         "config": args.config,
         "overrides": args.overrides,
-        "versions": packages,
+        "commit": commit(),
+        "versions": versions("torch", "transformers"),
         "machine": machine,
         "runs": runs,
     }

@@ -36,7 +36,7 @@ class Thermostat(gym.Env):
 
 # In a module of yours, say rooms.py, this line makes `env.id: rooms:Thermostat-v0` work in every config,
 # and `rlalign check rooms:Thermostat-v0` on the command line.
-gym.register("Thermostat-v0", entry_point=Thermostat, max_episode_steps=100)
+gym.register("Thermostat-v0", entry_point=lambda **_: Thermostat(), max_episode_steps=100)
 
 
 def main(steps: int) -> None:

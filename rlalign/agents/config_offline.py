@@ -35,7 +35,8 @@ class OfflineConfig(AgentConfig):
     __pydantic_config__ = STRICT
 
     dataset: str = ""
-    """A `.npz` file or a folder of them, or the id of a Minari dataset on this machine."""
+    """A `.npz` file or a folder of them; `package:name` for a set that a package carries, such as
+    `rlalign_envs:pendulum_mixed`; or the id of a Minari dataset on this machine."""
     total_updates: Count = 50_000
     """Papers train for 1,000,000 (20 times this), for hours of CPU time."""
     batch_size: Count = 256

@@ -13,8 +13,11 @@ A `.npz` file holds arrays under these names, and is never unpickled:
 """
 
 import os
+import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,10 +43,12 @@ __all__ = [
 
 
 def load_dataset(source: str | Path) -> OfflineDataset:
-    """Read a `.npz` file, a folder of them (in order of their names), or a Minari dataset that is on this machine.
+    """Read a `.npz` file, a folder of them (in order of their names), a set that an installed package carries, or a
+    Minari dataset that is on this machine.
 
     Args:
-        source: A path, or a Minari id such as `pendulum/medium-v0`. What exists as a path is read as one.
+        source: A path; `package:name`, which is `data/name.npz` in that package; or a Minari id such as
+            `pendulum/medium-v0`. What exists as a path is read as one.
 
     Raises:
         DatasetError: What is wrong, with file or id, episode and field.
@@ -53,6 +58,8 @@ def load_dataset(source: str | Path) -> OfflineDataset:
         return _from_files(sorted(path.glob("*.npz")), path)
     if path.is_file() or path.suffix == ".npz":
         return _from_files([path], path)
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[\w.-]+", str(source)):
+        return _from_package(str(source))
     return load_minari(str(source))
 
 
@@ -105,6 +112,22 @@ def scaled_rewards(transitions: Transitions, rewards: Literal["raw", "return_ran
             return transitions.with_rewards(transitions.rewards * transitions.reward_scale())
         case "none":
             return transitions.with_rewards(torch.zeros_like(transitions.rewards))
+
+
+def _from_package(source: str) -> OfflineDataset:
+    package, _, name = source.partition(":")
+    try:
+        folder = resources.files(package) / "data"
+    except ModuleNotFoundError as error:
+        raise DatasetError(f"{source}: the package `{package}` is not installed.") from error
+    file = folder / f"{name}.npz"
+    if not file.is_file():
+        held = [one.name[:-4] for one in folder.iterdir() if one.name.endswith(".npz")] if folder.is_dir() else []
+        raise DatasetError(
+            f"{source}: `{package}` carries no such dataset; it has {', '.join(sorted(held)) or 'none'}."
+        )
+    with resources.as_file(file) as path:
+        return replace(_from_files([path], path), source=source)
 
 
 def _from_files(files: Sequence[Path], source: Path) -> OfflineDataset:

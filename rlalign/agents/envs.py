@@ -91,7 +91,7 @@ class Environments:
         self._check("step", seen, rewards)
         return self._interpreted(seen, rewards, terminated, truncated, info)
 
-    def _reset(self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Any]:
+    def _reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, Any]:
         if self.timeout is None or not isinstance(self.vector, AsyncVectorEnv):
             return self.vector.reset(seed=seed, options=options)
         self.vector.reset_async(seed=seed, options=options)

@@ -10,9 +10,9 @@ from rlalign.agents.offline_parts import (
     Learner,
     Metrics,
     Policy,
+    SlowCopy,
     action_features,
-    follow,
-    gradients,
+    gradient,
     ready,
     seeded,
     slow_copy,
@@ -54,6 +54,7 @@ class IQLLearner(Learner):
             "value": AgentOptimizer(self.value, cfg.critic_optim, nap=nap),
             "policy": AgentOptimizer(self.policy, cfg.optim, nap=nap),
         }
+        self.slow = SlowCopy(self.target, self.q)
         modules = {"policy": self.policy, "value": self.value, "q": self.q, "target": self.target}
         super().__init__(modules, optimizers)
 
@@ -70,13 +71,13 @@ class IQLLearner(Learner):
         metrics = self._update_value(batch, recorded, progress)
         metrics |= self._update_policy(batch, recorded, progress)
         metrics |= self._update_q(batch, pairs, progress)
-        follow(self.target, self.q, tau=self.cfg.target_tau)
+        self.slow.follow(tau=self.cfg.target_tau)
         return metrics
 
     def _update_value(self, batch: Transitions, recorded: Tensor, progress: float) -> Metrics:
         values = self.value.smallest(batch.observations)
         loss = expectile_error(values, recorded, expectile=self.cfg.expectile).mean()
-        norm = step(self.optimizers["value"], gradients(loss, self.value), progress=progress)
+        norm = step(self.optimizers["value"], gradient(loss, self.optimizers["value"]), progress=progress)
         return {"value/loss": loss.detach(), "value/mean": values.detach().mean(), "value/grad_norm": norm}
 
     def _update_policy(self, batch: Transitions, recorded: Tensor, progress: float) -> Metrics:
@@ -86,7 +87,7 @@ class IQLLearner(Learner):
         weights = exponential_weights(advantages, temperature=cfg.temperature, max_weight=cfg.max_weight)
         log_prob = self.policy.distribution.log_prob(self.policy(batch.observations), batch.actions)
         loss = weighted_bc(log_prob, weights).mean()
-        norm = step(self.optimizers["policy"], gradients(loss, self.policy), progress=progress)
+        norm = step(self.optimizers["policy"], gradient(loss, self.optimizers["policy"]), progress=progress)
         return {
             "policy/loss": loss.detach(),
             "policy/log_prob_nats": log_prob.detach().mean(),
@@ -102,7 +103,7 @@ class IQLLearner(Learner):
         for critics in (self.q, self.target):
             critics.fit_support(targets)
         loss = self.q.objective(pairs, targets).mean()
-        norm = step(self.optimizers["q"], gradients(loss, self.q), progress=progress)
+        norm = step(self.optimizers["q"], gradient(loss, self.optimizers["q"]), progress=progress)
         outside = self.q.first.head.outside_share(targets)
         return {
             "q/loss": loss.detach(),

@@ -11,8 +11,8 @@ from rlalign.agents.offline_parts import (
     Learner,
     Metrics,
     Policy,
-    follow,
-    gradients,
+    SlowCopy,
+    gradient,
     ready,
     seeded,
     slow_copy,
@@ -58,6 +58,7 @@ class ODICELearner(Learner):
             "value": AgentOptimizer(value, cfg.critic_optim, nap=nap),
             "policy": AgentOptimizer(policy, cfg.optim, nap=nap),
         }
+        self.slow = SlowCopy(self.target, value)
         super().__init__({"policy": policy, "value": value, "target": self.target}, optimizers)
 
     def update(self, batch: Transitions, *, progress: float = 0.0) -> Metrics:
@@ -67,14 +68,14 @@ class ODICELearner(Learner):
             batch: Transitions drawn from the data.
             progress: Share of the training done, for schedules.
         """
-        found, residual, metrics = self.value_gradients(batch)
+        found, residual, metrics = self.value_gradient(batch)
         metrics["value/grad_norm"] = step(self.optimizers["value"], found, progress=progress)
-        follow(self.target, self.value, tau=self.cfg.target_tau)
+        self.slow.follow(tau=self.cfg.target_tau)
         return metrics | self._update_policy(batch, residual, progress=progress)
 
-    def value_gradients(self, batch: Transitions) -> tuple[list[Tensor], Float[Tensor, "critics batch"], Metrics]:
-        """Gradients of V's parameters, the residual that weighs the policy's decisions, and metrics."""
-        cfg = self.cfg
+    def value_gradient(self, batch: Transitions) -> tuple[Tensor, Float[Tensor, "critics batch"], Metrics]:
+        """Gradient by V's parameters (one vector), the residual that weighs the policy's decisions, and metrics."""
+        cfg, optimizer = self.cfg, self.optimizers["value"]
         values = self.value.values(batch.observations)
         forward, backward = self._residuals(batch, values)
         weights = {"conjugate_weight": cfg.conjugate_weight, "backward_weight": cfg.backward_weight}
@@ -82,12 +83,11 @@ class ODICELearner(Learner):
         linear, forward_term, backward_term = (term.mean() for term in terms)
         if cfg.gradient == "orthogonal":
             # Backward first: the next observations' graph is freed before the others are walked.
-            by_next = gradients(backward_term, self.value)
-            by_this = gradients(forward_term, self.value, retain_graph=True)
-            outside = gradients(linear, self.value)
-            found = [a + b for a, b in zip(outside, orthogonal_combine(by_this, by_next), strict=True)]
+            by_next = gradient(backward_term, optimizer)
+            by_this = gradient(forward_term, optimizer, retain_graph=True)
+            found = gradient(linear, optimizer) + orthogonal_combine([by_this], [by_next])[0]
         else:
-            found = gradients(linear + forward_term, self.value)
+            found = gradient(linear + forward_term, optimizer)
         residual = forward.detach()
         metrics = {
             "value/mean": values.detach().mean(),
@@ -103,7 +103,8 @@ class ODICELearner(Learner):
         match self.cfg.gradient:
             case "orthogonal":
                 with torch.no_grad():
-                    targets = self.target.smallest(batch.observations), self.target.smallest(batch.next_observations)
+                    both = torch.cat([batch.observations, batch.next_observations])
+                    targets = self.target.smallest(both).chunk(2)
                 next_values = self.value.values(batch.next_observations)
                 return odice_residuals(facts[0], values, next_values, *targets, facts[1], gamma=gamma)
             case "true":
@@ -122,7 +123,7 @@ class ODICELearner(Learner):
         # Each critic weighs every decision; the mean over critics is the mean of their losses.
         log_prob = self.policy.distribution.log_prob(self.policy(batch.observations), batch.actions)
         loss = weighted_bc(log_prob, weights.mean(0)).mean()
-        norm = step(self.optimizers["policy"], gradients(loss, self.policy), progress=progress)
+        norm = step(self.optimizers["policy"], gradient(loss, self.optimizers["policy"]), progress=progress)
         return {
             "policy/loss": loss.detach(),
             "policy/log_prob_nats": log_prob.detach().mean(),

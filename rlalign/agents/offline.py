@@ -34,7 +34,8 @@ class OfflineAgent(Agent):
     """Draws batches from the data and hands them to a learner. An environment only serves evaluation.
 
     Args:
-        dataset: A `.npz` file, a folder of them, the id of a Minari dataset on this machine, or `Transitions`.
+        dataset: A `.npz` file, a folder of them, a shipped set (`rlalign_envs:pendulum_mixed`), the id of a Minari
+            dataset on this machine, or `Transitions`.
     """
 
     config: OfflineConfig

@@ -102,29 +102,38 @@ def slow_copy(network: Net) -> Net:
     return copy.deepcopy(network).requires_grad_(False)
 
 
-@torch.no_grad()
-def follow(target: nn.Module, source: nn.Module, *, tau: float) -> None:
-    """Move a slow copy towards its source: θ' <- (1 - τ) θ' + τ θ."""
-    for slow, fast in zip(target.parameters(), source.parameters(), strict=True):
-        slow.lerp_(fast, tau)
+class SlowCopy:
+    """Moves a slow copy towards its source.
+
+    Args:
+        target: What `slow_copy` made.
+        source: What it was made of, after its optimizer was.
+    """
+
+    def __init__(self, target: nn.Module, source: nn.Module):
+        self.target, self.source = list(target.parameters()), list(source.parameters())
+
+    @torch.no_grad()
+    def follow(self, *, tau: float) -> None:
+        """θ' <- (1 - τ) θ' + τ θ."""
+        torch._foreach_lerp_(self.target, self.source, tau)
 
 
-def gradients(loss: Float[Tensor, ""], module: nn.Module, *, retain_graph: bool = False) -> list[Tensor]:
-    """Gradients by a module's trainable parameters; nothing is accumulated, here or anywhere else."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    return list(torch.autograd.grad(loss, parameters, retain_graph=retain_graph, materialize_grads=True))
+def gradient(
+    loss: Float[Tensor, ""], optimizer: AgentOptimizer, *, retain_graph: bool = False
+) -> Float[Tensor, " parameters"]:
+    """Gradient by an optimizer's weights, laid out as its buffer; nothing is accumulated, here or anywhere else."""
+    found = torch.autograd.grad(loss, optimizer.parameters, retain_graph=retain_graph, materialize_grads=True)
+    return torch.cat([part.flatten() for part in found])
 
 
-def step(optimizer: AgentOptimizer, found: Sequence[Tensor], *, progress: float) -> Tensor:
-    """Give the optimizer's module these gradients, in place of whatever was there, and let it step.
+def step(optimizer: AgentOptimizer, found: Float[Tensor, " parameters"], *, progress: float) -> Tensor:
+    """Let an optimizer step along this gradient, in place of whatever was there.
 
     Returns:
         The gradient's norm before clipping.
     """
-    parameters = [p for p in optimizer.module.parameters() if p.requires_grad]
-    for parameter, gradient in zip(parameters, found, strict=True):
-        assert parameter.grad is not None  # a view of the optimizer's buffer
-        parameter.grad.copy_(gradient)
+    optimizer.flat.gradient.copy_(found)
     return optimizer.take_step(progress=progress).clone()
 
 

@@ -21,6 +21,8 @@ class AgentOptimizer:
 
     def __init__(self, module: nn.Module, cfg: AgentOptimConfig, *, nap: NormalizeAndProject | None):
         self.cfg, self.module = cfg, module
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        """In the order of the flat buffer; walking the modules for them costs as much as a small layer."""
         self.flat = FlatParameters(module)
         options = {"lr": cfg.learning_rate, "betas": cfg.betas, "eps": cfg.eps}
         fused = self.flat.parameter.device.type in ("cpu", "cuda")

@@ -43,8 +43,8 @@ class PolicyGradientAgent(Agent):
         assert self.environments is not None
         if not self.environments.own:
             raise ConfigError(
-                "groups of episodes from equal starts need copies that can be seeded one by one: name the environment by "
-                "`env.id`, with `env.vectorization` sync or async."
+                "groups of episodes from equal starts need copies that can be seeded one by one: name the environment "
+                "by `env.id`, with `env.vectorization` sync or async."
             )
         self.device = torch.device(cfg.device)
         self.parts = ObservationParts(self.environments.observation_space)
@@ -89,7 +89,7 @@ class PolicyGradientAgent(Agent):
             rows = len(rewards)
             group = torch.arange(rows) // cfg.group_size + self.iteration * (rows // cfg.group_size)
             self.observations.update(found.before(), found.mask)
-            rollout = Rollout(
+            return Rollout(
                 log_prob_old=self.actor.distribution.log_prob(params, actions),
                 rewards=rewards.to(self.device),
                 mask=found.mask.to(self.device),
@@ -103,7 +103,6 @@ class PolicyGradientAgent(Agent):
                     for name, value in {**before, **allowed, "actions": actions}.items()
                 },
             )
-        return rollout
 
     def minibatches(self, batch: TrainBatch) -> Iterator[TrainBatch]:
         """Whole groups with signal, dealt anew in every pass."""
@@ -116,9 +115,7 @@ class PolicyGradientAgent(Agent):
     def update(self, batch: TrainBatch) -> None:
         """One optimizer step."""
         objective, log_ratio = self.objective(batch)
-        loss = aggregate(
-            objective, batch.mask, weights=batch.weights, mode=self.config.aggregation, group=batch.group
-        )
+        loss = aggregate(objective, batch.mask, weights=batch.weights, mode=self.config.aggregation, group=batch.group)
         loss.backward()
         self.grad_norm = self.optimizer.take_step(progress=self.step / self.total)
         self.last = (log_ratio.detach(), batch)

@@ -150,7 +150,8 @@ def _flat(values: Tensor, space: spaces.Space) -> Tensor:
             return torch.nn.functional.one_hot(values.long() - int(space.start), int(space.n)).float()
         case spaces.MultiDiscrete():
             digits = (values.long() - torch.from_numpy(space.start)).flatten(values.ndim - len(space.shape))
-            hot = [torch.nn.functional.one_hot(d, int(n)) for d, n in zip(digits.unbind(-1), space.nvec.ravel())]
+            counted = zip(digits.unbind(-1), space.nvec.ravel(), strict=True)
+            hot = [torch.nn.functional.one_hot(digit, int(count)) for digit, count in counted]
             return torch.cat(hot, -1).float()
     own = len(space.shape or ())
     match own:
@@ -171,4 +172,6 @@ def _distribution(space: spaces.Space, *, squash: bool, log_std: float) -> Actio
             return Bernoulli(int(np.prod(space.shape)))
         case spaces.Box() if np.issubdtype(space.dtype, np.floating):
             return Gaussian(int(np.prod(space.shape)), log_std=log_std, squash=squash)
-    raise ConfigError(f"action space {space} is not supported; use Discrete, MultiDiscrete, MultiBinary or a float Box.")
+    raise ConfigError(
+        f"action space {space} is not supported; use Discrete, MultiDiscrete, MultiBinary or a float Box."
+    )

@@ -10,8 +10,8 @@ from rlalign.agents.offline_parts import (
     Learner,
     Metrics,
     Policy,
-    follow,
-    gradients,
+    SlowCopy,
+    gradient,
     ready,
     seeded,
     slow_copy,
@@ -60,6 +60,7 @@ class TD3BCLearner(Learner):
             "q": AgentOptimizer(self.q, cfg.critic_optim, nap=nap),
             "policy": AgentOptimizer(self.policy, cfg.optim, nap=nap),
         }
+        self.slow = [SlowCopy(self.target, self.q), SlowCopy(self.slow_policy, self.policy)]
         modules = {"policy": self.policy, "q": self.q, "target": self.target, "slow_policy": self.slow_policy}
         super().__init__(modules, optimizers)
 
@@ -77,8 +78,8 @@ class TD3BCLearner(Learner):
         metrics = self._update_q(batch, progress)
         if self.optimizers["q"].updates % self.cfg.policy_delay == 0:
             metrics |= self._update_policy(batch, progress)
-            follow(self.target, self.q, tau=self.cfg.target_tau)
-            follow(self.slow_policy, self.policy, tau=self.cfg.target_tau)
+            for slow in self.slow:
+                slow.follow(tau=self.cfg.target_tau)
         return metrics
 
     @torch.no_grad()
@@ -100,7 +101,7 @@ class TD3BCLearner(Learner):
             loss = self._distributional(pairs, following, batch.rewards, discounts).mean()
         else:
             loss = self.q.objective(pairs, targets).mean()
-        norm = step(self.optimizers["q"], gradients(loss, self.q), progress=progress)
+        norm = step(self.optimizers["q"], gradient(loss, self.optimizers["q"]), progress=progress)
         outside = self.q.first.head.outside_share(targets)
         return {
             "q/loss": loss.detach(),
@@ -125,7 +126,7 @@ class TD3BCLearner(Learner):
         q_values = self.q.first.values(torch.cat([batch.observations, actions], -1))
         loss = td3_bc_objective(q_values, actions, batch.actions, alpha=self.cfg.alpha).mean()
         # By the policy's weights alone: the critic is only passed through.
-        norm = step(self.optimizers["policy"], gradients(loss, self.policy), progress=progress)
+        norm = step(self.optimizers["policy"], gradient(loss, self.optimizers["policy"]), progress=progress)
         distance = (actions - batch.actions).detach().square().mean()
         return {
             "policy/loss": loss.detach(),

@@ -20,6 +20,9 @@ WIDEST = 480
 
 def film(agent: "Agent", folder: Path) -> list[str]:
     """Write `folder/episode-STEP.gif` of one evaluation episode; return a note when there is nothing to film."""
+    assert agent.environments is not None
+    if "rgb_array" not in (agent.environments.vector.metadata.get("render_modes") or ()):
+        return ["No film of an episode: `rgb_array` is not among the environment's render modes."]
     try:
         import imageio.v3 as iio
 

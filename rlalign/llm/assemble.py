@@ -11,7 +11,7 @@ from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
 from rlalign.config import dump
-from rlalign.llm.config import BaselineConfig, GuardConfig, PolicyGradientConfig
+from rlalign.llm.config import BaselineConfig, GuardConfig, OptimConfig, PolicyGradientConfig
 from rlalign.llm.consistency import check_consistency
 from rlalign.llm.data import Prompts, load_prompts
 from rlalign.llm.data_lint import check_prompts
@@ -62,21 +62,13 @@ def build_parts(
     train = _prompts(train_dataset, cfg, "train_dataset")
     held_out = None if eval_dataset is None else _prompts(eval_dataset, cfg, "eval_dataset")
     session = _session(cfg, run_dir, config_text)
-    guard = _guard(reward_funcs, cfg.guard, session.path / "errors")
-    metrics = _guard(cfg.eval.metrics, cfg.guard, session.path / "errors") if cfg.eval.metrics else guard
+    errors = session.path / "errors"
+    guard = _guard(reward_funcs, cfg.guard, errors)
+    metrics = _guard(cfg.eval.metrics, cfg.guard, errors) if cfg.eval.metrics else guard
     policy = Policy.build(model, tokenizer, cfg, peft_config)
-    notes = check_consistency(
-        cfg,
-        processes=policy.accelerator.num_processes,
-        weights=[function.weight for function in guard.functions],
-        adapter=adapter,
-    )
-    notes += policy.new_notes()
-    for data, other in ((train, held_out), (held_out, None)):
-        if data is not None:
-            limit = cfg.rollout.max_prompt_tokens
-            notes += check_prompts(data, held_out=other, tokenizer=policy.tokenizer, max_prompt_tokens=limit)
-    notes += _context_notes(cfg, base_model(policy.model).config.get_text_config().to_dict())
+    weights = [function.weight for function in guard.functions]
+    notes = check_consistency(cfg, processes=policy.accelerator.num_processes, weights=weights, adapter=adapter)
+    notes += [*policy.new_notes(), *_data_notes(cfg, policy, train, held_out), *_context_notes(cfg, policy)]
     guard.prepare(train.reward_columns)
     if held_out is not None:
         metrics.prepare(held_out.reward_columns)
@@ -84,16 +76,8 @@ def build_parts(
         main=policy.accelerator.is_main_process,
         anywhere=lambda flag: sum_over_processes({"flag": float(flag)}, policy.accelerator)["flag"] > 0,
     )
-    optimizer = adamw(
-        policy.scorer.named_parameters(),
-        learning_rate=cfg.optim.learning_rate,
-        betas=cfg.optim.betas,
-        eps=cfg.optim.eps,
-        weight_decay=cfg.optim.weight_decay,
-    )
-    baselines = [
-        _baseline(asked, number, cfg, session.path / "errors") for number, asked in enumerate(cfg.eval.baselines)
-    ]
+    optimizer = _optimizer(policy, cfg.optim)
+    baselines = [_baseline(asked, number, cfg, errors) for number, asked in enumerate(cfg.eval.baselines)]
     return Parts(
         policy=policy,
         train_data=train,
@@ -107,7 +91,16 @@ def build_parts(
     )
 
 
-def _context_notes(cfg: PolicyGradientConfig, model: Mapping[str, Any]) -> list[str]:
+def _data_notes(cfg: PolicyGradientConfig, policy: Policy, train: Prompts, held_out: Prompts | None) -> list[str]:
+    limit = cfg.rollout.max_prompt_tokens
+    notes = check_prompts(train, held_out=held_out, tokenizer=policy.tokenizer, max_prompt_tokens=limit)
+    if held_out is not None:
+        notes += check_prompts(held_out, tokenizer=policy.tokenizer, max_prompt_tokens=limit)
+    return notes
+
+
+def _context_notes(cfg: PolicyGradientConfig, policy: Policy) -> list[str]:
+    model = base_model(policy.model).config.get_text_config().to_dict()
     window, longest = model.get("max_position_embeddings"), cfg.rollout.max_completion_tokens
     if window is None or longest < window:
         return []
@@ -115,6 +108,16 @@ def _context_notes(cfg: PolicyGradientConfig, model: Mapping[str, Any]) -> list[
         f"`rollout.max_completion_tokens`={longest} leaves no room for a prompt in the model's context of {window} "
         "tokens: long completions will leave what it was trained on"
     ]
+
+
+def _optimizer(policy: Policy, cfg: OptimConfig) -> torch.optim.Optimizer:
+    return adamw(
+        policy.scorer.named_parameters(),
+        learning_rate=cfg.learning_rate,
+        betas=cfg.betas,
+        eps=cfg.eps,
+        weight_decay=cfg.weight_decay,
+    )
 
 
 def _prompts(source: Any, cfg: PolicyGradientConfig, name: str) -> Prompts:

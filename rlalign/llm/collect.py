@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from rlalign.buffers import Input, Rollout
@@ -121,8 +121,6 @@ def assemble_rollout(
     ids, lengths, log_prob = generations.ids.cpu(), generations.lengths.cpu(), generations.log_prob.float().cpu()
     mask, truncated = generations.mask.cpu(), generations.truncated.cpu()
     last = torch.arange(ids.shape[1]) == (lengths - 1)[:, None]
-    widest = max(map(len, prompt_tokens))
-    prompts = torch.tensor([list(tokens) + [0] * (widest - len(tokens)) for tokens in prompt_tokens])
     return Rollout(
         log_prob_old=log_prob,
         log_prob_engine=log_prob if generations.external else None,
@@ -134,14 +132,16 @@ def assemble_rollout(
         prompt_id=torch.tensor(list(prompt_ids)).repeat_interleave(group_size),
         scored=scored.scored,
         reward_parts={name: values.float() for name, values in scored.table.parts().items()},
-        inputs={
-            "prompt_ids": Input(value=prompts, axis="per_group", pad_value=0),
-            "prompt_length": Input(value=_lengths(prompt_tokens), axis="per_group"),
-            "completion_ids": Input(value=ids, axis="per_decision"),
-            "completion_length": Input(value=lengths, axis="per_rollout"),
-        },
+        inputs=_inputs(prompt_tokens, ids, lengths),
     )
 
 
-def _lengths(prompts: Sequence[Sequence[int]]) -> Int[Tensor, " groups"]:
-    return torch.tensor([len(tokens) for tokens in prompts])
+def _inputs(prompts: Sequence[Sequence[int]], ids: Tensor, lengths: Tensor) -> dict[str, Input]:
+    widest = max(map(len, prompts))
+    padded = torch.tensor([list(tokens) + [0] * (widest - len(tokens)) for tokens in prompts])
+    return {
+        "prompt_ids": Input(value=padded, axis="per_group", pad_value=0),
+        "prompt_length": Input(value=torch.tensor([len(tokens) for tokens in prompts]), axis="per_group"),
+        "completion_ids": Input(value=ids, axis="per_decision"),
+        "completion_length": Input(value=lengths, axis="per_rollout"),
+    }

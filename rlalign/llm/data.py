@@ -1,7 +1,6 @@
 """Read prompts from wherever they are: `prompt` as text or messages, and every other column for the rewards."""
 
 import inspect
-import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import jinja2
 from rlalign.config import ConfigError
 from rlalign.llm.config import DatasetConfig
 from rlalign.llm.data_files import read_file
+from rlalign.llm.data_wording import Prompt, Row, converse, fill_template
 from rlalign.llm.user_code import check_arguments, import_function, is_reference
 
 if TYPE_CHECKING:
@@ -22,9 +22,6 @@ ALIASES = ("question", "problem", "instruction", "query", "input")
 NOT_FOR_REWARDS = ("prompt", "completion", "completion_ids")
 """Columns that reward functions do not get as arguments (TRL's rule)."""
 FILES = (".jsonl", ".json", ".csv", ".parquet")
-
-Prompt = str | list[dict[str, Any]]
-Row = dict[str, Any]
 
 
 class DataError(ConfigError):
@@ -74,6 +71,7 @@ def load_prompts(
 
     Raises:
         DataError: The source does not exist, cannot be read, or has no column that holds prompts.
+        ConfigError: The template is not well formed, or names a column that a row lacks.
     """
     rows = _read(source, name) if isinstance(source, DatasetConfig) else _rows_of(source, name)
     if isinstance(source, DatasetConfig) and source.limit is not None:
@@ -83,10 +81,10 @@ def load_prompts(
     prompts = _with_prompt_column(rows, name)
     if template is not None:
         prompts = replace(
-            prompts, rows=[_fill(row, template, number, name) for number, row in enumerate(prompts.rows, 1)]
+            prompts, rows=[fill_template(row, template, number, name) for number, row in enumerate(prompts.rows, 1)]
         )
     if system_prompt is not None:
-        prompts = replace(prompts, rows=[_converse(row, system_prompt) for row in prompts.rows])
+        prompts = replace(prompts, rows=[converse(row, system_prompt) for row in prompts.rows])
     return prompts
 
 
@@ -258,47 +256,6 @@ def _renamed(row: Row, alias: str, with_input: bool) -> Row:
         prompt = f"{prompt}\n\n{row['input']}"
     # The original column stays: reward functions written for the dataset may name it.
     return {"prompt": prompt, **row}
-
-
-def _fill(row: Row, template: str, number: int, name: str) -> Row:
-    if not isinstance(row.get("prompt"), str):
-        return row
-    parts = []
-    for text, field, _, _ in _parsed(template, name):
-        parts.append(text)
-        if field is None:
-            continue
-        if field not in row:
-            raise DataError(f"`data.template` names {{{field}}}, but `{name}` row {number} has only {', '.join(row)}.")
-        parts.append(str(row[field]))
-    return {**row, "prompt": "".join(parts)}
-
-
-def _parsed(template: str, name: str) -> list[tuple[str, str | None, str | None, str | None]]:
-    try:
-        parsed = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise DataError(
-            f"`data.template` is not well formed: {error}. Write {{{{ and }}}} for literal braces."
-        ) from error
-    fields = [field for _, field, _, _ in parsed if field is not None]
-    if any(
-        not field.isidentifier() or form or conversion for _, field, form, conversion in parsed if field is not None
-    ):
-        raise DataError(
-            f"`data.template` takes plain column names in braces, got {fields}. Write {{{{ and }}}} for literal braces."
-        )
-    if "prompt" not in fields:
-        raise DataError(f"`data.template` has no {{prompt}}, so every row of `{name}` would ask the same.")
-    return parsed
-
-
-def _converse(row: Row, system_prompt: str) -> Row:
-    prompt = row.get("prompt")
-    if not isinstance(prompt, str):
-        return row
-    messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": prompt}]
-    return {**row, "prompt": messages}
 
 
 def _origin(source: Any) -> str:

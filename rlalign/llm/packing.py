@@ -9,7 +9,6 @@ from torch import Tensor
 
 from rlalign.buffers import Rollout
 
-
 PROMPT, PADDING = -1, -2
 """Who owns a token of a packed row, beside the completions, which are numbered from 0."""
 

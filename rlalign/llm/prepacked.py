@@ -51,10 +51,10 @@ def _available() -> bool:
     if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
         return False
     try:
-        torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+        operators = (torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise)
     except AttributeError:  # a build without the operators that PyTorch's own compiler uses
         return False
-    return True
+    return all(map(callable, operators))
 
 
 def _product(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:

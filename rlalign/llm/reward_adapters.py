@@ -10,15 +10,14 @@ from typing import Any
 
 from rlalign.training import reward_wire
 
-_MATHS_NAMES = frozenset(
-    (
-        "abs Abs sign sqrt cbrt root exp log ln pow Pow mod Mod gcd lcm max Max min Min round floor ceiling "
-        "sin cos tan cot sec csc asin acos atan atan2 acot asec acsc sinh cosh tanh coth sech csch asinh acosh atanh "
-        "acoth asech acsch sinc erf erfc erfi Ei Si Ci li LambertW gamma beta zeta factorial binomial re im conjugate "
-        "Integer Rational Float Integral Derivative pi oo "
-        "alpha delta epsilon eta theta iota kappa mu nu xi rho sigma tau upsilon phi chi psi omega"
-    ).split()
-)
+_MATHS_NAMES = """
+    abs Abs sign sqrt cbrt root exp log ln pow Pow mod Mod gcd lcm max Max min Min round floor ceiling
+    sin cos tan cot sec csc asin acos atan atan2 acot asec acsc sinh cosh tanh coth sech csch asinh acosh atanh acoth
+    asech acsch sinc erf erfc erfi Ei Si Ci li LambertW gamma beta zeta factorial binomial re im conjugate
+    Integer Rational Float Integral Derivative pi oo
+    alpha delta epsilon eta theta iota kappa mu nu xi rho sigma tau upsilon phi chi psi omega
+"""
+_ALLOWED = frozenset(_MATHS_NAMES.split())
 _SYMBOL = re.compile(r"[A-Za-z](_?[0-9]+)?")
 _LONGEST_EXPRESSION = 1000
 
@@ -125,4 +124,4 @@ def is_more_than_an_expression(text: str) -> bool:
         return True
     # Python reads letters of other alphabets as their plain form: a fullwidth `eval` is `eval`.
     names = re.findall(r"[A-Za-z_]\w*", text)
-    return not text.isascii() or not all(name in _MATHS_NAMES or _SYMBOL.fullmatch(name) for name in names)
+    return not text.isascii() or not all(name in _ALLOWED or _SYMBOL.fullmatch(name) for name in names)

@@ -33,16 +33,23 @@ def evaluate(run_dir: Path, *, checkpoint: Path | None = None) -> dict[str, floa
 def sample(run_dir: Path, prompt: str | None, *, count: int = 1) -> list[str]:
     """Complete `prompt`, or held-out (else training) prompts, `count` times with a run's model.
 
-    A plain prompt is put to the model in the form the training data has: as a chat message when that is conversational.
+    A prompt is put to the model in the form the data has: in `data.template`, after `data.system_prompt`, or as a
+    chat message where that is made of messages.
+
+    Raises:
+        ConfigError: `data.template` needs columns that a prompt alone does not have.
     """
     from rlalign.llm.collect import row_uniforms
     from rlalign.llm.data import encode_prompt
+    from rlalign.llm.data_wording import in_training_form
 
     trainer = _restored(run_dir, None)
     cfg, data = trainer.config, trainer.evaluator.data or trainer.train_data
     prompts: Sequence[Any] = [data[row % len(data)]["prompt"] for row in range(count)]
     if prompt is not None:
-        prompts = [prompt if isinstance(prompts[0], str) else [{"role": "user", "content": prompt}]] * count
+        assert cfg.data is not None  # `_trainer` saw to it
+        words = {"template": cfg.data.template, "system_prompt": cfg.data.system_prompt}
+        prompts = [in_training_form(prompt, prompts[0], **words)] * count
     time = cfg.rollout.max_completion_tokens
     generations = trainer.policy.generate(
         [encode_prompt(text, trainer.tokenizer) for text in prompts],

@@ -76,9 +76,14 @@ _KNOWN = {
     "eval/return_min": Metric(title="Worst held-out return"),
     "eval/length_mean": Metric(title="Held-out episode length", unit="steps", from_zero=True),
     "episode/count": Metric(title="Episodes ended so far", unit="episodes", from_zero=True),
-    "policy/improvement": Metric(title="Surrogate gain of the step", note="Of the step that was taken; 0 when none was."),
+    "policy/improvement": Metric(
+        title="Surrogate gain of the step", note="Of the step that was taken; 0 when none was."
+    ),
     "policy/step_accepted": Metric(
-        title="Natural-gradient steps accepted", share=True, from_zero=True, note="The others left the policy as it was."
+        title="Natural-gradient steps accepted",
+        share=True,
+        from_zero=True,
+        note="The others left the policy as it was.",
     ),
     "policy/backtracks_count": Metric(title="Line-search backtracks", unit="backtracks", from_zero=True),
     "policy/loss": Metric(title="Policy loss"),
@@ -91,7 +96,9 @@ _KNOWN = {
     "optim/policy_grad_norm": Metric(title="Gradient norm, policy", from_zero=True, note="Of the surrogate."),
     "optim/updates": Metric(title="Optimizer steps", from_zero=True),
     "value/error": Metric(
-        title="Error of the critic", from_zero=True, note="What it minimises: squared error, or cross entropy over bins."
+        title="Error of the critic",
+        from_zero=True,
+        note="What it minimises: squared error, or cross entropy over bins.",
     ),
     "value/explained_variance": Metric(
         title="Variance explained by the critic",
@@ -132,7 +139,9 @@ _OF_AGENTS = {  # where the same name means something else, or needs other words
         from_zero=True,
         note="Groups whose episodes did not all end alike. The others teach nothing.",
     ),
-    "episode/return_mean": Metric(title="Return", note="Undiscounted, with exploration; mean of recent training episodes."),
+    "episode/return_mean": Metric(
+        title="Return", note="Undiscounted, with exploration; mean of recent training episodes."
+    ),
     "time/step_s": Metric(title="Time per iteration", unit="s", from_zero=True),
 }
 _SUFFIXES = (  # longest first; what a name's ending says about its unit

@@ -178,7 +178,13 @@ def _tiles(run: RunData, findings: Findings) -> list[Tile]:
     values = [value for value in run.train[speed].values if isfinite(value)] if speed else []
     if values:
         mean = format_metric(speed, sum(values) / len(values))
-        tiles.append(Tile(label=describe(speed).title, value=mean, below="mean over iterations" if run.agent else "mean over steps"))
+        tiles.append(
+            Tile(
+                label=describe(speed).title,
+                value=mean,
+                below="mean over iterations" if run.agent else "mean over steps",
+            )
+        )
     return tiles
 
 

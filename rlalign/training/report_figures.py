@@ -141,7 +141,9 @@ def _held_out(name: str, run: RunData) -> tuple[Line, str]:
     series, stem = run.eval[name], name.removesuffix("_mean")
     ends = [run.eval.get(f"{stem}_{end}") for end in ("low", "high")]
     if None not in ends:
-        low, high = ([dict(zip(end.steps, end.values, strict=True)).get(s, nan) for s in series.steps] for end in ends if end)
+        low, high = (
+            [dict(zip(end.steps, end.values, strict=True)).get(s, nan) for s in series.steps] for end in ends if end
+        )
         return _with_band(series, low, high), ", 95 % interval over episodes" if run.agent else ", 95 % interval"
     line = _line(series, label="held out", spread=run.eval.get(f"{stem}_stderr"), marks=True, color=2)
     return line, ", ± 1 standard error" if line.low else ""

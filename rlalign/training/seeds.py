@@ -152,9 +152,10 @@ class _Runner:
 
     def run(self, stop: GracefulStop) -> None:
         forwarded = False
+        together = min(self.at_once, len(self.waiting))
         self.tell(
-            f"{len(self.waiting)} of {len(self.plan.seeds)} seeds to train, {min(self.at_once, len(self.waiting))} at a "
-            f"time; what each prints is in {self.folder}/seed-N.log"
+            f"{len(self.waiting)} of {len(self.plan.seeds)} seeds to train, {together} at a time; "
+            f"what each prints is in {self.folder}/seed-N.log"
         )
         while self.running or (self.waiting and not stop.requested):
             while self.waiting and not stop.requested and len(self.running) < self.at_once:
@@ -276,7 +277,9 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
 def _last_words(log: Path) -> str:
     """The message a process ended with: its `Failed:` line, or the last one."""
     try:
-        lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        lines = [
+            line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+        ]
     except OSError:
         return "no log"
     said = [line for line in lines if line.startswith("Failed: ")] or lines or ["nothing was printed"]

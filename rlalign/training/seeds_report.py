@@ -1,4 +1,4 @@
-"""What several seeds of one config say together: interquartile means with intervals over seeds, and one page of them."""
+"""What several seeds of one config say together: interquartile means with intervals over seeds, on one page."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -80,7 +80,9 @@ def aggregates(runs: Mapping[int, RunData]) -> list[Aggregate]:
     if train is not None:
         found[train] = {seed: _last_tenth(run.train[train]) for seed, run in runs.items() if train in run.train}
     return [
-        Aggregate(name=name, interval=bootstrap_interval(list(known.values()), statistic=interquartile_mean), values=known)
+        Aggregate(
+            name=name, interval=bootstrap_interval(list(known.values()), statistic=interquartile_mean), values=known
+        )
         for name, values in found.items()
         if (known := {seed: value for seed, value in values.items() if isfinite(value)})
     ]
@@ -104,9 +106,7 @@ def _curve(name: str, series: Sequence[Series]) -> Curve | None:
         return None
     steps = _grid([one.steps for one in finite])
     columns = np.stack([np.interp(steps, one.steps, one.values) for one in finite], axis=1)
-    marks = [
-        bootstrap_interval(column, statistic=interquartile_mean, resamples=_CURVE_RESAMPLES) for column in columns
-    ]
+    marks = [bootstrap_interval(column, statistic=interquartile_mean, resamples=_CURVE_RESAMPLES) for column in columns]
     return Curve(
         name=name,
         steps=steps,

@@ -12,6 +12,8 @@ from torch import Tensor
 from rlalign.training.checkpoint import CheckpointError, Checkpoints
 from rlalign.training.journal import Journal
 from rlalign.training.report import write_report
+from rlalign.training.report_data import read_run
+from rlalign.training.report_findings import find
 from rlalign.training.run_directory import RunDirectory, Status, free_run_path
 from rlalign.training.signals import GracefulStop, Interrupted
 from rlalign.training.trackers import require_trackers
@@ -184,6 +186,9 @@ class Session:
             return
         try:
             run.set_status(status, step=trainer.step, total_steps=self.total_steps)
+            if status == "done":
+                verdict = find(read_run(run.path)).verdict
+                self.journal.note(f"{verdict.sentence} {verdict.detail}".rstrip())
             self.journal.note(f"Report: {write_report(run.path)}")
         except OSError as error:  # a full disk must not hide why the run ended
             self.journal.note(f"The report could not be written ({error}). Later: rlalign report {run.path}")

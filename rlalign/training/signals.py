@@ -16,10 +16,11 @@ class Interrupted(Exception):
 
 
 class GracefulStop:
-    """Turn the first SIGINT, SIGTERM or SIGUSR1 into a flag that loops poll; a second SIGINT stops at once.
+    """Turn the first SIGINT, SIGTERM or SIGUSR1 into a flag that is polled; a second SIGINT stops at once.
 
-    Poll `requested` wherever time passes: between updates, and inside generation, evaluation and warm-up loops. The
-    former handlers come back on exit. Outside the main thread, where Python forbids handlers, nothing is installed.
+    A session polls `requested` after the first evaluation and after every step: what happens inside a step, generation
+    and evaluation included, is finished first. The former handlers come back on exit. Outside the main thread, where
+    Python forbids handlers, nothing is installed.
 
     Example:
         >>> with GracefulStop() as stop:

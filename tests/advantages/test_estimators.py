@@ -19,6 +19,7 @@ from rlalign.advantages import (
     ReinforcePlusPlusBaseline,
     build_estimator,
 )
+from rlalign.advantages.metrics import groups_that_differ
 from rlalign.buffers import Rollout
 from rlalign.functional import advantages as equations
 
@@ -277,10 +278,55 @@ def test_beta_metrics_describe_the_fit_and_the_largest_weight():
             "bnpo/b": 0.5,
             "bnpo/alpha": 7 / 6,
             "bnpo/beta": 7 / 6,
+            "bnpo/fit_fallback": 0.0,
             "bnpo/weight_max": weight,
+            "bnpo/weight_capped_frac": 0.0,
             "bnpo/adv_rms": weight * math.sqrt((0.75**2 + 3 * 0.25**2) / 4),
         }
     )
+
+
+@pytest.mark.parametrize(
+    ("rewards", "alpha", "fallback"),
+    [
+        ([1, 0, 1, 0], None, 1.0),  # all pass rates equal: nothing to fit
+        ([1, 1, 1, 1], None, 1.0),
+        ([1, 1, 0, 0], None, 1.0),  # rates 0 and 1: m (1 - m) / v - 1 = -1/2, wider than any Beta
+        ([1, 0, 1, 1], None, 0.0),  # rates 1/2 and 1: 3/16 / (1/8) - 1 = 1/2, a fit
+        ([1, 0, 1, 0], 1.5, 0.0),  # fixed: no fit is asked for
+    ],
+)
+def test_a_fit_that_fell_back_is_counted(rewards, alpha, fallback):
+    estimator = build_estimator(BetaNormalized(alpha=alpha, beta=alpha))
+    estimator(make_rollout(rewards, [0, 0, 1, 1]))
+    assert estimator.metrics["bnpo/fit_fallback"] == fallback
+
+
+@pytest.mark.parametrize("normalize_weights", [False, True])
+def test_the_share_of_capped_weights_is_of_groups_with_signal(normalize_weights):
+    # Beta(2, 1) has density 2p: weights 1/(2p) = 2 at p = 1/4, 1 at 1/2, 2/3 at 3/4; the group of ones has no signal.
+    rewards = [1, 0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1]
+    group = [number // 4 for number in range(16)]
+    for cap, share in ((10.0, 0.0), (1.5, 1 / 3), (0.9, 2 / 3), (0.5, 1.0)):
+        cfg = BetaNormalized(alpha=2.0, beta=1.0, max_weight=cap, normalize_weights=normalize_weights)
+        estimator = build_estimator(cfg)
+        estimator(make_rollout(rewards, group))
+        assert estimator.metrics["bnpo/weight_capped_frac"] == pytest.approx(share)
+
+
+def test_groups_that_differ_are_told_from_rewards_alone():
+    # equal; different; one of two scored; different parts with an equal sum
+    outcome, group = [1, 1, 1, 0, 1, 0, 1, 1], [3, 3, 5, 5, 6, 6, 9, 9]
+    rollout = make_rollout(
+        outcome,
+        group,
+        scored=[True] * 5 + [False] + [True] * 2,
+        reward_parts=parts(a=[1, 1, 1, 0, 1, 0, 1, 0], b=[0, 0, 0, 0, 0, 0, 0, 1]),
+    )
+    assert groups_that_differ(rollout).tolist() == [False, True, False, False]
+    assert groups_that_differ(rollout, by_part=True).tolist() == [False, True, False, True]
+    silent = make_rollout([0, 0], [0, 0], reward_parts=parts(a=[0, NAN], b=[NAN, 0]))
+    assert groups_that_differ(silent, by_part=True).tolist() == [False]
 
 
 def test_fixed_beta_parameters_are_reported_as_given():

@@ -63,4 +63,3 @@ def test_an_episode_that_was_over_restarts_at_the_next_step():
     np.testing.assert_array_equal(started, env.reset()[0])
     assert (reward, flags) == (0.0, [False, False])
     assert again.replay_log()["taken"] is None
-

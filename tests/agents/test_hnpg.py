@@ -294,37 +294,28 @@ def test_contradictions_are_found_at_once(tmp_path, settings, message):
 
 
 @pytest.mark.learning
-def test_a_lock_of_three_steps_is_opened(tmp_path):
-    agent = HNPG(
-        LOCK,
-        dataset=lock_data(3, 5000),
-        run_dir=tmp_path,
-        kwargs={"horizon": 3},
-        vectorization="native",
-        num_envs=333,
-        horizon=3,
-        hidden=[16, 16],
-        clip_actions=False,
-        advantage={"type": "gae", "gamma": 1.0, "gae_lambda": 0.97},
-        eval={"episodes": 100, "num_envs": 20, "video": False},
-    )
-    agent.fit(total_env_steps=50_000)
-    assert agent.evaluate()["eval/return_mean"] > 0.9
-    alone = HNPG(
-        LOCK,
-        run_dir=tmp_path / "alone",
-        kwargs={"horizon": 3},
-        vectorization="native",
-        num_envs=333,
-        horizon=3,
-        hidden=[16, 16],
-        clip_actions=False,
-        offline_weight=0.0,
-        advantage={"type": "gae", "gamma": 1.0, "gae_lambda": 0.97},
-        eval={"episodes": 100, "num_envs": 20, "video": False},
-    )
-    alone.fit(total_env_steps=50_000)
-    assert alone.evaluate()["eval/return_mean"] < 0.5
+def test_a_lock_of_five_steps_is_opened_with_data_and_stays_shut_without(tmp_path):
+    """Measured at this budget: 0.98 of the training episodes with data on seeds 0 to 3, none without."""
+
+    def trained(name, **changes):
+        agent = HNPG(
+            LOCK,
+            run_dir=tmp_path / name,
+            kwargs={"horizon": 5},
+            vectorization="native",
+            num_envs=200,
+            horizon=5,
+            hidden=[16, 16],
+            initialization="uniform",
+            clip_actions=False,
+            advantage={"type": "gae", "gamma": 1.0, "gae_lambda": 0.97},
+            eval={"episodes": 100, "num_envs": 20, "video": False},
+            **changes,
+        )
+        return agent.fit(total_env_steps=70_000).evaluate()["eval/return_mean"]
+
+    assert trained("hybrid", dataset=lock_data(5, 10_000)) > 0.85
+    assert trained("alone", offline_weight=0.0) < 0.2
 
 
 @pytest.mark.learning
@@ -339,6 +330,6 @@ def test_one_critic_for_all_steps_learns_the_chain_s_values_through_time_limits(
         max_episode_steps=5,
         advantage={"type": "gae", "gamma": 0.9, "gae_lambda": 0.97},
     )
-    agent.fit(total_env_steps=20_000)
+    agent.fit(total_env_steps=8_000)
     values = [float(agent.predict(np.eye(4, dtype=np.float32)[state])[1]["value"]) for state in range(3)]
     assert values == pytest.approx(chain_values(4, gamma=0.9)[:3].tolist(), abs=0.06)

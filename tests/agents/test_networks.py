@@ -38,7 +38,7 @@ def test_every_observation_has_features_and_each_counts(name):
 
 
 def test_pixels_may_have_their_channels_first_or_last():
-    # Seven steps of stride 2 are no different for the two layouts: same weights, same features.
+    # Equal weights give equal features.
     first, last = spaces.Box(0, 255, (3, 36, 40), "uint8"), spaces.Box(0, 255, (36, 40, 3), "uint8")
     (parts, seen), (other_parts, _) = prepared(first), prepared(last)
     actors = []
@@ -76,7 +76,7 @@ def test_projection_leaves_outputs_and_log_std_alone():
     actor = normalized(Actor(parts, ActionInterface(ACTIONS["box"]), CFG), NormalizeAndProject())
     before = actor(seen)
     with torch.no_grad():
-        actor.network[0].weight *= 7  # a norm follows: no part of the function
+        actor.network[0].weight.mul_(7)  # a norm follows: no part of the function
     torch.testing.assert_close(actor(seen), before, atol=1e-5, rtol=1e-4)
     assert normalized(actor, None) is actor
 

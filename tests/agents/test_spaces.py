@@ -56,7 +56,10 @@ def test_parts_of_a_dict_stand_side_by_side_and_images_apart():
 @pytest.mark.parametrize("name", OBSERVATIONS)
 def test_width_and_leading_dimensions_of_every_space(name):
     parts = ObservationParts(OBSERVATIONS[name])
-    batch = batch_space(OBSERVATIONS[name], 6, )
+    batch = batch_space(
+        OBSERVATIONS[name],
+        6,
+    )
     batch.seed(3)
     seen = parts.tensors(batch.sample())
     if parts.vector_size:

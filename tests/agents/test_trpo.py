@@ -35,8 +35,8 @@ def test_a_step_improves_the_surrogate_inside_the_trust_region(env, max_kl):
     found = iterated(agent)
     rows, advantages = facts(agent, found)
     continuous = env == "Pendulum-v1"
-    before = policy_of(found.actor, rows["vector"], continuous=continuous)
-    after = policy_of(agent.model.actor.double(), rows["vector"], continuous=continuous)
+    before = policy_of(found.actor.requires_grad_(False), rows["vector"], continuous=continuous)
+    after = policy_of(agent.model.actor.double().requires_grad_(False), rows["vector"], continuous=continuous)
     kl = float(distributions.kl_divergence(before, after).mean())
     ratio = (after.log_prob(rows["actions"]) - before.log_prob(rows["actions"])).exp()
     assert found.metrics["policy/step_accepted"] == 1

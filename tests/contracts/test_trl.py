@@ -758,7 +758,8 @@ def test_making_a_trainer_reports_nothing_to_the_hub(recipe, monkeypatch, disabl
 
 @pytest.mark.parametrize(("given", "disabled"), [({}, "True"), ({"HF_HUB_DISABLE_TELEMETRY": "0"}, "False")])
 def test_telemetry_is_off_however_late_the_drop_in_is_imported_unless_it_was_asked_for(given, disabled):
-    code = "from huggingface_hub import constants; import rlalign.llm.trl_compat; print(constants.HF_HUB_DISABLE_TELEMETRY)"
+    code = "from huggingface_hub import constants; import rlalign.llm.trl_compat\n"
+    code += "print(constants.HF_HUB_DISABLE_TELEMETRY)"
     others = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_TELEMETRY"}
     done = subprocess.run([sys.executable, "-c", code], env=others | given, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == disabled

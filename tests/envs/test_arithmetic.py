@@ -1,7 +1,5 @@
 """The arithmetic task: answers are right, splits never share an operand, rewards read numbers as people do."""
 
-import subprocess
-import sys
 from decimal import Decimal
 
 import pytest
@@ -125,11 +123,3 @@ def test_format_reward_wants_the_number_alone():
         1,
         0,
     ]
-
-
-def test_the_task_needs_no_framework():
-    code = "import sys, rlalign_envs.arithmetic; print([m for m in ('torch', 'rlalign', 'numpy') if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": "envs"}
-    )
-    assert done.stdout.strip() == "[]"

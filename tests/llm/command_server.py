@@ -33,6 +33,9 @@ POINTS = {
     "save": ("rlalign.training.checkpoint", "Checkpoints", "save"),
     "model": ("rlalign.llm.policy", "Policy", "save"),
     "report": ("rlalign.training.session", "", "write_report"),
+    "env": ("rlalign.agents.envs", "Environments", "step"),
+    "learn": ("rlalign.agents.optimizer", "AgentOptimizer", "take_step"),
+    "play": ("rlalign.agents.evaluate", "Evaluator", "play"),
 }
 """Where a fault can strike: module, class or nothing, function. `file` besides: file operations inside a save."""
 FILE_EVENTS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove"}

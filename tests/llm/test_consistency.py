@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,13 @@ from rlalign.llm.consistency import check_consistency
 BNPO = {"type": "beta_normalized"}
 GSPO = {"type": "gspo"}
 SERVED = {"engine": {"type": "vllm_server"}}
+
+
+MAXRL = {"type": "max_likelihood"}
+
+
+def penalty(value: float) -> dict[str, Any]:
+    return {"on_error": "penalty", "penalty": value}
 
 
 def build(method: str = "policy_gradient", **settings):
@@ -32,6 +40,15 @@ def build(method: str = "policy_gradient", **settings):
         ),
         ({"advantage": {"type": "gae"}}, ["advantage: gae", "group_relative"]),
         ({"advantage": BNPO, "kl": {"coef": 0.1, "where": "reward"}}, ["kl.where: reward", "kl.where: loss"]),
+        ({"advantage": MAXRL, "kl": {"coef": 0.1, "where": "reward"}}, ["max_likelihood", "kl.where: loss"]),
+        (
+            {"advantage": {"type": "group_relative", "decompose": True}, "kl": {"coef": 0.1, "where": "reward"}},
+            ["kl.where: reward", "advantage.decompose: true", "kl.where: loss"],
+        ),
+        ({"advantage": BNPO, "guard": penalty(-1)}, ["guard.penalty`=-1", "[0, 1]", "advantage.reward_range"]),
+        ({"advantage": {**BNPO, "decompose": True}, "guard": penalty(2)}, ["guard.penalty`=2", "[0, 1]"]),
+        ({"advantage": MAXRL, "guard": penalty(-0.5)}, ["guard.penalty`=-0.5", "[0, inf]", "max_likelihood"]),
+        ({"model": {"name": "x", "dtype": "float16"}}, ["model.dtype: float16", "float32", "peft"]),
         ({"kl": {"coef": 0.1, "estimator": "k1"}}, ["kl.estimator: k1", "k2", "kl.where: reward"]),
         ({"eval": {"patience": 3}}, ["eval.patience", "eval.every"]),
         ({"rollout": SERVED, "model": {"name": "x", "device": "cpu"}}, ["rollout.engine.type", "model.device"]),
@@ -56,6 +73,13 @@ def test_contradictions_name_the_keys_to_change(settings, keys):
         {"advantage": BNPO, "kl": {"coef": 0.1, "where": "loss"}},
         {"advantage": BNPO, "kl": {"coef": 0.0, "where": "reward"}},
         {"kl": {"coef": 0.1, "where": "reward", "estimator": "k1"}},
+        {"kl": {"coef": 0.1}, "advantage": {"type": "group_relative", "decompose": True}},
+        {"advantage": BNPO, "guard": penalty(0.5)},
+        {"advantage": {**BNPO, "reward_range": [-1, 1]}, "guard": penalty(-1)},
+        {"advantage": BNPO, "guard": {"penalty": -1.0}},  # which nothing gets under `on_error: abstain`
+        {"guard": penalty(-1)},
+        {"model": {"name": "x", "dtype": "float16"}, "peft": {"r": 4}},
+        {"model": {"name": "x", "dtype": "bfloat16"}},
         {"kl": {"coef": 0.0, "estimator": "k1"}},
         {"eval": {"patience": 3, "every": 5}},
         {"rollout": SERVED, "model": {"name": "x", "device": "cuda"}},
@@ -93,6 +117,34 @@ def test_notes_say_what_a_step_is_and_what_is_unusual():
     assert "warmup" not in notes(total_steps=10, optim={"warmup_steps": 5})
     assert "warmup" not in notes(total_steps=10, optim={"warmup_steps": 10, "update_epochs": 2})
     assert "arXiv:2506.02864" in notes(method="bnpo")
+
+
+@pytest.mark.parametrize(
+    ("advantage", "weights", "told"),
+    [
+        (BNPO, [1.0], None),
+        (BNPO, [0.5, 0.5], None),
+        (BNPO, [1.0, 1.0], "from 0 to 2"),
+        (BNPO, [2.0], "from 0 to 2"),
+        (BNPO, [1.0, -0.5], "from -0.5 to 1"),
+        (BNPO | {"decompose": True}, [1.0, -0.5], None),
+        (BNPO | {"reward_range": [0.0, 2.0]}, [1.0, 1.0], None),
+        (MAXRL, [3.0, 1.0], None),
+        (MAXRL, [1.0, -0.5], "from -0.5 to 1"),
+        ({"type": "group_relative"}, [1.0, -5.0], None),
+    ],
+)
+def test_rewards_that_can_add_up_to_what_the_estimator_refuses_are_told(advantage, weights, told):
+    rewards = [{"function": "x:y", "weight": weight} for weight in weights]
+    from_file = check_consistency(build(advantage=advantage, rewards=rewards))
+    assert from_file == check_consistency(build(advantage=advantage), weights=weights)
+    found = [note for note in from_file if "add up to values" in note]
+    assert len(found) == (told is not None)
+    assert all(told in note and "`advantage.decompose: true`" in note for note in found)
+
+
+def test_an_adapter_may_stand_on_float16_whoever_asks_for_it():
+    assert check_consistency(build(model={"name": "x", "dtype": "float16"}), adapter=True)
 
 
 def test_the_check_needs_no_torch():

@@ -13,6 +13,7 @@ from rlalign.config import ConfigError
 from rlalign.llm.config import DatasetConfig
 from rlalign.llm.data import Prompts, as_completion, encode_prompt, load_prompts
 from rlalign.llm.data_lint import check_prompts, lint
+from rlalign.llm.data_wording import in_training_form
 
 ROWS = [{"prompt": "2+3?", "answer": "5"}, {"prompt": "zwölf \u2028 +1?", "answer": "13"}]
 CHAT = [{"prompt": [{"role": "user", "content": "2+3?"}], "answer": "5"}]
@@ -188,6 +189,20 @@ def broken_module(folder: Path) -> Path:
 def test_sources_that_do_not_exist_say_what_was_meant(source: str, args: dict, words: str):
     with pytest.raises(ConfigError, match=words):
         load_prompts(DatasetConfig(source=source, args=args))
+
+
+def test_a_question_of_ones_own_takes_the_form_of_the_data():
+    words = {"template": "Q: {prompt}", "system_prompt": None}
+    assert in_training_form("a", "Q: b", **words) == "Q: a"
+    messages = [{"role": "user", "content": "b"}]
+    brief = {"role": "system", "content": "Be brief."}
+    # Neither setting touches rows that came as messages, whatever they begin with.
+    for example in (messages, [{"role": "system", "content": "Hm."}, *messages]):
+        for system_prompt in (None, "Be brief."):
+            got = in_training_form("a", example, template="Q: {prompt}", system_prompt=system_prompt)
+            assert got == [{"role": "user", "content": "a"}]
+    got = in_training_form("a", [brief, *messages], template="Q: {prompt}", system_prompt="Be brief.")
+    assert got == [brief, {"role": "user", "content": "Q: a"}]
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,21 @@ def test_patience_survives_a_checkpoint(make):
     assert (other.evaluator.best, other.evaluator.started) == (0.75, True)
 
 
+def test_the_guard_of_other_metrics_survives_a_checkpoint(make, tmp_path):
+    text = (
+        "def stumbles(completions, **columns):\n"
+        "    stumbles.calls = getattr(stumbles, 'calls', 0) + 1\n"
+        "    return [None if i == stumbles.calls % 3 else 1.0 for i in range(len(completions))]\n"
+    )
+    (tmp_path / "judges.py").write_text(text)
+    metrics = {"eval": {"metrics": [{"function": f"{tmp_path / 'judges.py'}:stumbles"}]}}
+    trainer, other = make(**metrics), make(**metrics)
+    trainer.evaluate()
+    other.load_state_dict(trainer.state_dict())
+    assert other.evaluator.guard.state_dict() == {"batches": 1, "recent": [0] * 6}
+    assert other.guard.state_dict() == {"batches": 0, "recent": []}
+
+
 def test_an_evaluation_that_is_not_a_number_is_never_the_best(make):
     trainer = make(total_steps=1)
     scores(trainer, [math.nan, math.nan])

@@ -250,12 +250,16 @@ def test_mathematics_is_let_through(text):
     "text",
     [
         *("().__class__", "x.foo", "'a'", "lambda: 0", "open(x)", "print(1)", "eval(x)", "a[0]", "1 " * 600),
-        # Names that sympy's parser finds in sympy itself: a viewer, its test suite, a compiler, windows, files, a shell.
+        # Names that sympy's parser finds in sympy itself: a viewer, its tests, a compiler, windows, its sources.
         *("preview(x)", "test()", "doctest()", "lambdify(x, x)", "plot(x)", "textplot(x, 0, 1)", "source(sin)"),
         *("sympify(x)", "parse_expr(x)", "symbols(x)", "init_printing()", "interactive_traversal(x)", "pager_print(x)"),
         *("global_dict", "exit()", "x if y else z", "not x", "_", "x\\\ny", "1 # 2"),
         # Python reads these letters as `preview` and `eval`.
-        *("\N{FULLWIDTH LATIN SMALL LETTER P}review(x)", "\N{MATHEMATICAL BOLD SMALL E}val(x)", "\N{GREEK SMALL LETTER PI}"),
+        *(
+            "\N{FULLWIDTH LATIN SMALL LETTER P}review(x)",
+            "\N{MATHEMATICAL BOLD SMALL E}val(x)",
+            "\N{GREEK SMALL LETTER PI}",
+        ),
     ],
 )
 def test_everything_else_is_more_than_an_expression(text):

@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlalign import config
+from rlalign.llm import run
 from rlalign.training.metrics import metrics_hash, read
 from rlalign.training.run_directory import RunDirectory
 from tests.llm.commands import ROOT, fault, rlalign
@@ -100,6 +102,31 @@ def test_conversations_are_sampled_as_conversations(workshop):
         2,
         "there is no held-out data: pass `eval_dataset`, or set `data.eval` in the config.\n",
     )
+
+
+def test_a_prompt_is_asked_in_the_words_of_training(workshop, monkeypatch):
+    """`sample` gives the tokens that training would have given the same question."""
+    seen: list[Any] = []
+    monkeypatch.setattr("rlalign.llm.data.encode_prompt", lambda prompt, _: seen.append(prompt) or [1, 2])
+    monkeypatch.chdir(workshop)
+    template, system = 'data.template="Q: {prompt}\\nA:"', "data.system_prompt=Be brief."
+    for name, settings in (("plain", [template]), ("both", [template, system]), ("system", [system])):
+        done = rlalign(workshop, "train", "tiny.yaml", *settings, "total_steps=1", "--run-dir", f"words-{name}")
+        assert done.code == 0, done.err
+        run.sample(Path(f"words-{name}"), "say 3")
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Q: say 3\nA:"}]
+    assert seen == ["Q: say 3\nA:", asked, [asked[0], {"role": "user", "content": "say 3"}]]
+
+
+def test_a_template_with_other_columns_takes_no_prompt_of_ones_own(workshop):
+    (workshop / "levels.jsonl").write_text('{"prompt": "say 1", "level": "easy"}\n' * 4)
+    settings = ("data.train.source=levels.jsonl", "data.eval=null", 'data.template="{level}: {prompt}"')
+    done = rlalign(workshop, "train", "tiny.yaml", *settings, "total_steps=1", "--run-dir", "levels")
+    assert done.code == 0, done.err
+    asked = rlalign(workshop, "sample", "levels", "say 3")
+    assert asked.code == 2
+    assert "`data.template` needs the columns level, which a prompt of yours does not have" in asked.err
+    assert rlalign(workshop, "sample", "levels").out.startswith("easy: say 1\n-> ")
 
 
 def test_report_is_drawn_again_from_the_directory(workshop, finished):

@@ -297,7 +297,9 @@ def test_skipping_groups_without_signal_changes_no_weight(make, aggregation):
 def test_a_group_that_every_pass_skips_counts_once(make):
     records = list(make(only_first, optim={"update_epochs": 2}).steps())
     assert any(0 < record["signal/group_frac"] < 1 for record in records)
-    assert [record["signal/groups_skipped"] for record in records] == [4 * (1 - r["signal/group_frac"]) for r in records]
+    assert [record["signal/groups_skipped"] for record in records] == [
+        4 * (1 - r["signal/group_frac"]) for r in records
+    ]
 
 
 def test_skipped_groups_are_not_computed(make, ratios):
@@ -348,7 +350,7 @@ def test_linear_schedule_with_warm_up(make):
 
 
 def test_the_schedule_runs_over_all_updates_of_all_rollouts(make):
-    """2 rollouts x 2 passes x 2 minibatches are 8 updates; a step's last ones are the 4th, at 5/8, and the 8th, at 1/8."""
+    """2 rollouts x 2 passes x 2 minibatches are 8 updates; each step's last is the 4th, at 5/8, or the 8th, at 1/8."""
     several = {"update_epochs": 2, "minibatches": 2, "learning_rate": 0.08, "schedule": "linear"}
 
     def length(completions: list[str], **columns: Any) -> list[float]:

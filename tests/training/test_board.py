@@ -249,3 +249,60 @@ print(sorted({"rich", "torch", "jinja2"} & set(sys.modules)))
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120, env=_environment()
     )
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+ITERATION = {
+    "episode/return_mean": 21.5,
+    "reward/mean": 0.25,
+    "policy/kl": 0.008,
+    "time/collect_s": 0.06,
+    "time/train_s": 0.12,
+    "time/step_s": 0.2,
+    "throughput/env_steps_per_s": 2500.0,
+}
+
+
+def test_the_clock_of_an_agent_counts_environment_steps(capsys):
+    with Board(100_000, "pole", enabled=False) as board:
+        board.step(500, ITERATION)
+    (line,) = capsys.readouterr().out.splitlines()
+    # 99,500 steps are left at 2,500 in a second: 40 s, however few records there were
+    assert line == "step     500/100000  return 21.5  kl 0.008  speed 2,500 env steps/s  ETA 40 s"
+
+
+def test_the_pace_of_an_agent_is_that_of_its_last_twenty_iterations():
+    board = Board(10_000, "pole", enabled=False, quiet=True)
+    board.step(1_000, ITERATION)
+    board.step(2_000, ITERATION | {"throughput/env_steps_per_s": 500.0, "time/step_s": 1.0})
+    # 500 steps in 0.2 s and 500 in 1.0 s; 8,000 are left
+    assert board.state.eta_seconds == pytest.approx(8_000 * 1.2 / 1_000)
+
+
+def test_an_offline_agent_counts_updates():
+    board = Board(1_000, "cloning", enabled=False, quiet=True)
+    board.step(100, {"policy/loss": 1.0, "time/step_s": 0.5, "throughput/updates_per_s": 200.0})
+    assert board.state.eta_seconds == pytest.approx(900 / 200)
+
+
+def test_the_many_short_iterations_of_an_agent_are_thinned_out_but_not_the_last(capsys):
+    with Board(1_000, "pole", enabled=False) as board:
+        for step in range(1, 1_001):
+            board.step(step, ITERATION)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 50
+    assert lines[0].startswith("step       1/1000")
+    assert lines[-1].startswith("step    1000/1000")
+
+
+def test_the_panel_of_an_agent_shows_returns():
+    out = _live(
+        _console(),
+        lambda b: b.step(500, ITERATION),
+        lambda b: b.evaluation(500, {"eval/return_mean": 30.0, "eval/return_stderr": 2.0, "eval/n": 20}),
+        lambda b: b.step(4_000, ITERATION | {"episode/return_mean": 90.0}),
+        total=4_000,
+    )
+    for words in ("step 4,000/4,000", "return  ▁█", "collect 33%", "train 67%", "return 30 ±2  (n=20)"):
+        assert words in out
+    for word in ("prompt", "answer", "reward"):
+        assert word not in out

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rlalign.buffers import Input, Rollout
-from rlalign.training.distributed import gather_json, gather_ragged, gather_rollout, sum_over_processes
+from rlalign.training.distributed import gather_json, gather_ragged, gather_rollout, own_share, sum_over_processes
 
 T = TypeVar("T")
 
@@ -39,6 +39,10 @@ class Rank(Accelerator):
     @property
     def num_processes(self) -> int:
         return self.meeting.ranks
+
+    @property
+    def process_index(self) -> int:
+        return self.rank
 
     @property
     def device(self) -> torch.device:
@@ -160,3 +164,10 @@ def test_sums_are_by_name_in_double_precision():
 def test_groups_with_the_same_number_on_two_ranks_are_refused():
     with pytest.raises(ValueError, match="group 0 stands in two rollouts"):
         on_ranks(lambda rank: gather_rollout(rollout(2, 3, 0), rank))
+
+
+def test_every_process_finds_its_own_share_again():
+    shares = on_ranks(lambda rank: own_share(gather_json({"failed": rank.rank}, rank), rank))
+    assert shares == [{"failed": 0}, {"failed": 1}]
+    # A run that goes on with more processes than it was saved by.
+    assert on_ranks(lambda rank: own_share(["a", "b"], rank), ranks=3) == ["a", "b", "a"]

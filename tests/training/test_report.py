@@ -462,6 +462,114 @@ def test_agents_get_their_curves_without_prompts(tmp_path):
     assert found.change.estimate == 2.0
 
 
+@pytest.fixture
+def agent_run(tmp_path):
+    """PPO on a pole: four starts, 10 before and 100, 200, 300, 400 after."""
+    folder = tmp_path / "pole"
+    rows = [
+        {
+            "kind": "train",
+            "step": 500 * i,
+            "episode/return_mean": 10.0 * i,
+            "episode/length_mean": 10.0 * i,
+            "policy/kl": 0.01,
+            "policy/entropy_nats": -0.5,
+            "value/explained_variance": 0.4,
+            "nap/norm_growth": 1.0,
+            "time/collect_s": 0.1,
+            "time/train_s": 0.3,
+            "time/step_s": 0.5,
+            "throughput/env_steps_per_s": 1000.0,
+        }
+        for i in range(1, 21)
+    ]
+    ends = [(0, 10.0, 10.0, 10.0), (10_000, 250.0, 150.0, 350.0)]
+    rows += [
+        {
+            "kind": "eval",
+            "step": step,
+            "eval/return_mean": mean,
+            "eval/return_stderr": 60.0,
+            "eval/return_low": low,
+            "eval/return_high": high,
+            "eval/n": 4,
+        }
+        for step, mean, low, high in ends
+    ]
+    _write(folder, "metrics.jsonl", _lines(rows))
+    for step, returns in ((0, [10, 10, 10, 10]), (10_000, [100, 200, 300, 400])):
+        episodes = [{"step": step, "episode": i, "reward": float(r), "length": r} for i, r in enumerate(returns)]
+        _write(folder, f"samples/eval-{step:09d}.jsonl", _lines(episodes))
+    (folder / "media").mkdir()
+    (folder / "media" / "episode-000010000.gif").write_bytes(b"GIF89a" + b"0" * 100)
+    config = {"method": "ppo", "seed": 0, "env": {"id": "CartPole-v1"}, "total_env_steps": 10_000}
+    _write(folder, "config.resolved.json", config)
+    _write(folder, "status.json", {"status": "done", "pid": 1, "host": "elsewhere", "total_steps": 10_000})
+    return folder
+
+
+def test_an_agent_is_compared_start_by_start(agent_run):
+    (found,) = compare(read_run(agent_run))
+    assert found.before and found.change
+    assert (found.before.estimate, found.after.estimate, found.change.estimate) == (10.0, 250.0, 240.0)
+    assert (found.paired, found.count, found.better) == (True, 4, 4)
+    verdict = find(read_run(agent_run)).verdict
+    assert verdict.sentence == "Held-out return rose from 10 to 250: +240."
+    assert "paired bootstrap over the same starts. 4 starts." in verdict.detail
+
+
+def test_the_page_of_an_agent_speaks_of_episodes_and_not_of_language(agent_run):
+    page = _page(agent_run)
+    for words in (
+        "ppo · CartPole-v1 · seed 0",
+        "Environment steps 10,000 of 10,000 planned",
+        "Time per iteration",
+        "KL of an update",
+        "Variance explained by the critic",
+        "held out, 95 % interval over episodes",
+        "0 10 10 100 100",  # the first start: return and length, before and after
+        "3 10 10 400 400",
+        "Play episodes with it rlalign sample",
+        "Weight norms against their start",
+    ):
+        assert words in page.text, words
+    for word in ("prompt", "completion", "Talk to it", "KL to the reference", "token", "problems"):
+        assert word not in page.text.partition("Environment steps")[2], word  # before it stands the style sheet
+    assert any(tag == "img" and value.startswith("data:image/gif;base64,") for tag, _, value in page.attributes)
+
+
+def test_a_band_of_unequal_sides_is_given_by_its_ends(agent_run):
+    _write(
+        agent_run,
+        "metrics.jsonl",
+        _lines(
+            {"kind": "eval", "step": s, "eval/return_mean": 10.0, "eval/return_low": 4.0, "eval/return_high": 12.0}
+            for s in (0, 5)
+        ),
+    )
+    page = write_report(agent_run).read_text(encoding="utf-8")
+    assert "held out 10 (4 to 12)" in page
+    assert page.count('class="f2 band"') == 1
+
+
+def test_returns_of_zero_and_one_are_returns_and_not_shares(agent_run):
+    for step, returns in ((0, [0, 0, 0, 1]), (10_000, [1, 1, 1, 1])):
+        episodes = [{"step": step, "episode": i, "reward": float(r), "length": 5} for i, r in enumerate(returns)]
+        _write(agent_run, f"samples/eval-{step:09d}.jsonl", _lines(episodes))
+    assert find(read_run(agent_run)).verdict.sentence == "Held-out return rose from 0.250 to 1: +0.750."
+
+
+def test_without_an_evaluation_an_agent_is_judged_by_its_training(agent_run):
+    rows = [json.loads(line) for line in (agent_run / "metrics.jsonl").read_text().splitlines()]
+    _write(agent_run, "metrics.jsonl", _lines(row for row in rows if row["kind"] == "train"))
+    for path in (agent_run / "samples").iterdir():
+        path.unlink()
+    verdict = find(read_run(agent_run)).verdict
+    assert verdict.sentence == "Training return rose from 25 to 185."
+    assert "first and last 4 iterations" in verdict.detail
+    assert "explored" in verdict.detail
+
+
 PNG = b"\x89PNG\r\n\x1a\n" + b"0" * 100
 
 

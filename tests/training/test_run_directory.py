@@ -6,10 +6,11 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from rlalign.training.run_directory import RunDirectory, RunDirectoryError, RunLocked, check_run_name
+from rlalign.training.run_directory import RunDirectory, RunDirectoryError, RunLocked, check_run_name, free_run_path
 
 HOLD = """
 import sys
@@ -93,6 +94,24 @@ def test_names_that_could_leave_the_parent_are_refused(name) -> None:
 @pytest.mark.parametrize("name", ["a", "2026-11-22_bnpo.seed0", "x" * 80, ".hidden"])
 def test_ordinary_names_pass(name) -> None:
     check_run_name(name)
+
+
+def test_the_first_free_name_is_one_that_a_run_may_have(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert free_run_path("bnpo") == Path("runs/bnpo")
+    for taken in ("bnpo", "bnpo-2"):
+        Path("runs", taken).mkdir(parents=True)
+    assert free_run_path("bnpo") == Path("runs/bnpo-3")
+    assert free_run_path("bnpo", taken=[tmp_path / "runs/bnpo-3"]) == Path("runs/bnpo-4")
+    assert free_run_path("../my toy!", parent=tmp_path) == tmp_path / "my-toy"
+    assert free_run_path("...") == Path("runs/run")
+
+
+def test_several_processes_are_told_to_name_the_directory(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunDirectoryError, match="--run-dir") as caught:
+        free_run_path("bnpo")
+    assert caught.value.exit_code == 2
 
 
 def test_links_and_files_are_not_run_directories(tmp_path) -> None:

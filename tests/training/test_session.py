@@ -4,6 +4,7 @@ import errno
 import json
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 
 from rlalign.training import session as session_module
 from rlalign.training.checkpoint import CheckpointError, Checkpoints
-from rlalign.training.metrics import read
+from rlalign.training.manifest import Manifest
+from rlalign.training.metrics import MetricsLog, read
 from rlalign.training.run_directory import RunDirectory, RunDirectoryError, RunLocked
-from rlalign.training.session import Session, free_run_path
+from rlalign.training.session import Session
 from rlalign.training.signals import Interrupted
 
 
@@ -77,6 +79,32 @@ def fail(error: BaseException) -> Callable[[], None]:
         raise error
 
     return action
+
+
+def test_a_finished_run_ends_by_saying_what_changed_and_where_the_report_is(tmp_path, capsys):
+    session, trainer = make(tmp_path / "run"), Counter()
+    with session.open(trainer, resume=False) as journal:
+        for trainer.step, right in ((0, 10), (4, 30)):
+            rows = [
+                {"prompt_id": n, "prompt": f"{n}?", "completion": "x", "reward": float(n < right)} for n in range(40)
+            ]
+            journal.samples(f"eval-{trainer.step:06d}", rows)
+            journal.evaluation(trainer.step, {"eval/reward_mean": right / 40, "eval/n": 40.0})
+        session.finish(trainer)
+    change, report = capsys.readouterr().out.splitlines()[-2:]
+    assert change.startswith("Held-out reward rose from 25.0 % to 75.0 %")
+    assert "95 % interval +" in change
+    assert "paired bootstrap over the same problems" in change
+    assert report == f"Report: {tmp_path / 'run' / 'report.html'}"
+
+
+def test_a_run_that_ends_early_says_nothing_of_success(tmp_path, capsys):
+    session, trainer = make(tmp_path / "run"), Counter()
+    with pytest.raises(RuntimeError), session.open(trainer, resume=False) as journal:
+        for step in (0, 1):
+            journal.evaluation(step, {"eval/reward_mean": 0.5 * step})
+        raise RuntimeError
+    assert "Held-out reward" not in "\n".join(capsys.readouterr().out.splitlines()[-2:])
 
 
 def test_a_finished_run_has_status_checkpoints_model_and_report(tmp_path, capsys):
@@ -205,6 +233,62 @@ def test_checkpoints_come_every_so_many_steps_and_old_ones_go(tmp_path, save_eve
     assert Checkpoints(tmp_path / "run/checkpoints").steps() == steps
 
 
+def test_a_clock_that_jumps_saves_whenever_it_passes_a_multiple(tmp_path):
+    run, trainer = tmp_path / "run", Counter()
+    session = make(run, save_every=5, keep=9)
+    with session.open(trainer, resume=False):
+        for _ in range(4):  # 3, 6, 9, 12
+            trainer.step += 3
+            session.after_step(trainer)
+    assert Checkpoints(run / "checkpoints").steps() == [6, 12]
+    again = make(run, save_every=5, keep=9)
+    with again.open(trainer, resume=True):
+        trainer.step += 2  # 14 is no further multiple than 12
+        again.after_step(trainer)
+        trainer.step += 1
+        again.after_step(trainer)
+    assert Checkpoints(run / "checkpoints").steps() == [6, 12, 15]
+
+
+def test_an_error_after_a_whole_step_is_raised_once_the_step_is_saved(tmp_path, capsys):
+    run, session, trainer = tmp_path / "run", make(tmp_path / "run", save_every=0), Counter()
+    with pytest.raises(ValueError, match="boom"):
+        train(session, trainer, at=on_step(3, lambda: session.stop_with(ValueError("boom"))))
+    assert Checkpoints(run / "checkpoints").steps() == [3]
+    assert status(run)["status"] == "failed"
+    assert "Saved step 3. Continue: rlalign resume" in capsys.readouterr().out
+    train(session, trainer, resume=True)  # it is not raised twice
+    assert trainer.weight.tolist() == [4.0, 4.0, 4.0]
+
+
+def test_the_other_processes_stop_at_the_step_in_which_one_has_an_error(tmp_path):
+    session, trainer, rounds = make(tmp_path / "run", save_every=0), Counter(), iter([False, True])
+    session.join(main=True, anywhere=lambda flag: next(rounds))
+    with pytest.raises(Interrupted, match="Saved step 2"):
+        train(session, trainer)
+
+
+def test_a_step_that_cannot_be_saved_does_not_hide_the_error(tmp_path):
+    session, trainer = make(tmp_path / "run", save_every=0), Counter()
+
+    def spoil() -> None:
+        trainer.weight[1] = float("nan")
+        session.stop_with(ValueError("boom"))
+
+    with pytest.raises(ValueError, match="boom") as caught:
+        train(session, trainer, at=on_step(2, spoil))
+    assert "step 2 was not saved" in caught.value.__notes__[0]
+
+
+def test_the_log_is_on_the_disk_before_a_checkpoint_counts_it(tmp_path, monkeypatch):
+    done: list[str] = []
+    sync, save = MetricsLog.sync, Checkpoints.save
+    monkeypatch.setattr(MetricsLog, "sync", lambda self: done.append("log") or sync(self))
+    monkeypatch.setattr(Checkpoints, "save", lambda *arguments: done.append("checkpoint") or save(*arguments))
+    train(make(tmp_path / "run"), Counter())
+    assert done == ["log", "checkpoint"] * 2
+
+
 def test_resuming_takes_up_state_and_log_where_the_checkpoint_was(tmp_path, capsys):
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="boom"):
@@ -249,6 +333,34 @@ def test_damaged_checkpoints_never_start_the_run_over(tmp_path):
         train(make(run), Counter(), resume=True)
 
 
+def flip(manifest: Path) -> None:
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"step": 2', '"step": 3'))
+
+
+def newer(manifest: Path) -> None:
+    manifest.write_text(replace(Manifest.read(manifest.parent), schema=2, versions={"rlalign": "9.1"}).to_json())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [(flip, "checksum does not match"), (Path.unlink, "has no manifest.json"), (newer, "written by rlalign 9.1")],
+    ids=["flipped", "deleted", "newer"],
+)
+@pytest.mark.filterwarnings("ignore:passing over a damaged checkpoint")
+def test_an_unreadable_manifest_never_starts_the_run_over(tmp_path, spoil, message):
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="boom"):
+        train(make(run, keep=1), Counter(), at=on_step(3, fail(ValueError("boom"))))
+    spoil(run / "checkpoints/ckpt-000002/manifest.json")
+    log = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match=message):
+        train(make(run, keep=1), Counter(), resume=True)
+    assert (run / "metrics.jsonl").read_bytes() == log
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["ckpt-000002", "latest"]
+    assert status(run)["status"] == "failed"
+
+
 def test_two_sessions_cannot_have_one_directory(tmp_path):
     run = tmp_path / "run"
     train(make(run), Counter())
@@ -291,13 +403,28 @@ def test_missing_tracker_packages_are_found_before_there_is_a_directory(tmp_path
 
 def test_a_run_without_a_name_gets_the_first_free_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert free_run_path(Path("runs"), "bnpo") == Path("runs/bnpo")
-    paths = []
-    for _ in range(3):
-        session = make(None)  # pyright: ignore[reportArgumentType]
+    first, second = make(None), make(None)  # pyright: ignore[reportArgumentType]
+    for session in (second, first):
         train(session, Counter(), total=1)
-        paths.append(str(session.path))
-    assert paths == ["runs/x", "runs/x-2", "runs/x-3"]
+    third = make(None)  # pyright: ignore[reportArgumentType]
+    assert [str(session.path) for session in (first, second, third)] == ["runs/x", "runs/x-2", "runs/x-3"]
+
+
+def test_a_session_that_was_given_up_leaves_its_name_to_the_next(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given_up = make(None)  # pyright: ignore[reportArgumentType]
+    assert str(given_up.path) == "runs/x"
+    del given_up
+    assert str(make(None).path) == "runs/x"  # pyright: ignore[reportArgumentType]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_processes_cannot_each_choose_a_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunDirectoryError, match="`run_dir=`"):
+        make(None)  # pyright: ignore[reportArgumentType]
+    assert make(tmp_path / "mine").path == tmp_path / "mine"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from rlalign.training.signals import GracefulStop, Interrupted
+from rlalign.training.signals import GracefulStop
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
