@@ -45,6 +45,7 @@ $(TEST_STAMP): $(TRAIN_STAMP)
 
 train: $(TRAIN_STAMP)
 	$(BIN)/rlalign train $(CONFIG) $(ARGS)
+	@echo "For \`rlalign\` and \`python\` without a path: source $(BIN)/activate"
 
 test: $(TEST_STAMP)
 	@PYTEST="$(BIN)/python -m pytest" ./.ci/tiers

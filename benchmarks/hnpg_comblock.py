@@ -166,13 +166,13 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
         good = [cell["samples"] for cell in found if cell["solved"]]
         last = np.mean([np.mean(cell["optimal"][-10:]) for cell in found])
         cpu = np.mean([cell["cpu_s"] for cell in found])
-        samples = f"> {max(cell['samples'] for cell in found):,}" if not good else spread(good)
+        samples = f"> {max(cell['samples'] for cell in found):,}" if not good else interval(good)
         count = f"{len(good)}/{len(found)}"
         rows.append([str(horizon), method, anti_shaped, count, samples, f"{last:.2f}", f"{cpu:.0f}"])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def spread(samples: list[int]) -> str:
+def interval(samples: list[int]) -> str:
     """Mean over seeds and its 95 % bootstrap interval."""
     found = bootstrap_interval([float(value) for value in samples])
     return f"{found.estimate:,.0f}" + (f" [{found.low:,.0f}, {found.high:,.0f}]" if found.defined else "")

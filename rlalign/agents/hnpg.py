@@ -96,7 +96,7 @@ class HNPG(Agent):
             )
             self.buffer.add(self.rollout(found, online))
             batch = self.estimator(self.buffer.drain())
-            weights = self.form.spread(online.weights, batch.mask)
+            weights = self.form.scatter(online.weights, batch.mask)
             judged = self.judged(replace(batch, weights=weights), online, offline)
             result = improve(self.policy, judged, self.config)
         self.observations.update(found.before(), found.mask)
@@ -152,7 +152,7 @@ class HNPG(Agent):
         values, next_values = self.form.values(found, self.prepared, self.value_of("values"))
         params = self.policy(online.seen, online.allowed)
         return Rollout(
-            log_prob_old=self.form.spread(self.policy.distribution.log_prob(params, online.actions), mask),
+            log_prob_old=self.form.scatter(self.policy.distribution.log_prob(params, online.actions), mask),
             rewards=found.rewards.to(self.device),
             mask=mask,
             terminated=found.terminated.to(self.device),

@@ -41,7 +41,7 @@ class Form(Protocol):
         """[B, T, ...] -> [R, N, ...]."""
         ...
 
-    def spread(self, values: Tensor, mask: Tensor) -> Tensor:
+    def scatter(self, values: Tensor, mask: Tensor) -> Tensor:
         """[R, N] -> [B, T]; the inverse of `gather`, with 0 where nothing was gathered."""
         ...
 
@@ -81,7 +81,7 @@ class Stationary:
     def gather(self, values: Tensor, mask: Tensor) -> Tensor:
         return values[mask][None]
 
-    def spread(self, values: Tensor, mask: Tensor) -> Tensor:
+    def scatter(self, values: Tensor, mask: Tensor) -> Tensor:
         return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values[0])
 
     def at(self, row: int, seen: Seen, allowed: Tensor | None) -> Tensor:
@@ -113,7 +113,7 @@ class Stationary:
         for name, part in found.final.items():
             after[name][found.final_at] = part
         seen = {name: part[None] for name, part in prepared({n: part[cut] for n, part in after.items()}).items()}
-        return self.spread(value_of(seen, None), cut.to(self.collector.device))
+        return self.scatter(value_of(seen, None), cut.to(self.collector.device))
 
 
 class FiniteHorizon:
@@ -136,7 +136,7 @@ class FiniteHorizon:
     def gather(self, values: Tensor, mask: Tensor) -> Tensor:
         return values.transpose(0, 1).contiguous()
 
-    def spread(self, values: Tensor, mask: Tensor) -> Tensor:
+    def scatter(self, values: Tensor, mask: Tensor) -> Tensor:
         return values.t().contiguous().masked_fill(~mask, 0)
 
     def at(self, row: int, seen: Seen, allowed: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ its weights badly; reordered once per rollout, the same float32 product takes a 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def prepacked(model: nn.Module, *, rows: int, steps: int) -> Iterator[None]:
             vars(layer).pop("forward", None)
 
 
-def _packable(layer: nn.Module) -> bool:
+def _packable(layer: nn.Module) -> TypeGuard[nn.Linear]:
     # Sharded and quantised weights are not plain parameters, and an instance's own `forward` is somebody's patch.
     return (
         type(layer) is nn.Linear

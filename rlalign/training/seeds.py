@@ -121,7 +121,7 @@ def run_seeds(folder: Path, *, at_once: int | None = None, tell: Callable[[str],
 
     done = [seed for seed in plan.seeds if status_of(folder, seed) == "done"]
     tell(f"Report: {write_aggregate(folder)}")
-    if stop.requested:
+    if stop.requested and len(done) < len(plan.seeds):
         raise Interrupted(f"{len(done)} of {len(plan.seeds)} seeds are done. Continue: rlalign resume {folder}")
     if runner.failures:
         names = ", ".join(str(seed) for seed in sorted(runner.failures))
