@@ -199,8 +199,8 @@ def test_an_error_in_a_callback_costs_no_step(make, tiny_model, tiny_tokenizer):
     run = trainer.session.path
     assert status(run)["status"] == "failed"
     assert "my own code" in (run / "errors/error-0001.txt").read_text()
-    again = make_trainer(tiny_model, tiny_tokenizer, run, total_steps=5, checkpoint={"every": 50}).fit(resume=True)
     whole = make(total_steps=5).fit()
+    again = make_trainer(tiny_model, tiny_tokenizer, run, total_steps=5, checkpoint={"every": 50}).fit(resume=True)
     assert [record["step"] for record in read(run / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     assert largest_difference(weights(again.policy.model), weights(whole.policy.model)) == 0.0
 
