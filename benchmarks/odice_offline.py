@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rlalign_envs.four_room import GOAL, START, UPPER_RIGHT, observe, optimal_values, reachable_cells, walls
 
 import rlalign
 from rlalign.agents import BC, IQL, ODICE, TD3BC
 from rlalign.agents.datasets import Reference, load_dataset, rlalign_score
 from rlalign.training.intervals import bootstrap_interval, interquartile_mean
+from rlalign_envs.four_room import GOAL, START, UPPER_RIGHT, observe, optimal_values, reachable_cells, walls
 
 ADAM = {"learning_rate": 1e-3, "eps": 1e-8, "max_grad_norm": None}
 RELU = {"hidden": [64, 64], "activation": "relu"}
@@ -71,7 +71,11 @@ def main() -> None:
         "updates": args.updates,
         "seeds": list(seeds),
         "episodes": EPISODES,
-        "settings": {"tasks": TASKS, "shared": SHARED, "methods": {name: given for name, (_, given) in METHODS.items()}},
+        "settings": {
+            "tasks": TASKS,
+            "shared": SHARED,
+            "methods": {name: given for name, (_, given) in METHODS.items()},
+        },
         "runs": runs,
         "versions": {name: version(name) for name in ("torch", "gymnasium")} | {"rlalign": rlalign.__version__},
         "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
@@ -89,7 +93,12 @@ def cells(tasks: list[str], methods: list[str], seed: int, updates: int) -> Iter
                 continue
             given = {**SHARED, **METHODS[method][1]}
             gamma = {} if method == "bc" else {"gamma": TASKS[task]["gamma"]}
-            yield {"task": task, "method": method, "seed": seed, "settings": {**given, **gamma, "total_updates": updates}}
+            yield {
+                "task": task,
+                "method": method,
+                "seed": seed,
+                "settings": {**given, **gamma, "total_updates": updates},
+            }
 
 
 def key(cell: Mapping[str, Any]) -> str:
@@ -185,7 +194,9 @@ def table(result: Mapping[str, Any]) -> str:
         for name, one in methods.items():
             values = f"{one['value_unseen']['iqm']:.3f} / {one['value_seen']['iqm']:.3f}" if "value_seen" in one else ""
             paths = f"{one['shortest_path']} of {one['seeds']}" if "shortest_path" in one else ""
-            lines.append(f"| {task} | {name} | {shown(one['score'])} | {values} | {paths} | {one['cpu_s']['iqm']:.0f} |")
+            lines.append(
+                f"| {task} | {name} | {shown(one['score'])} | {values} | {paths} | {one['cpu_s']['iqm']:.0f} |"
+            )
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from rlalign.agents.agent import Agent, Metrics
 from rlalign.agents.bc import BCLearner
 from rlalign.agents.config import NormalizeConfig
 from rlalign.agents.config_offline import BCConfig, CriticConfig, IQLConfig, ODICEConfig, OfflineConfig, TD3BCConfig
-from rlalign.agents.dataset_parts import OfflineDataset
+from rlalign.agents.dataset_parts import DatasetError, OfflineDataset
 from rlalign.agents.datasets import load_dataset, scaled_rewards
 from rlalign.agents.envs import Array
 from rlalign.agents.iql import IQLLearner
@@ -61,6 +61,8 @@ class OfflineAgent(Agent):
     def iterate(self) -> Metrics:
         """Some updates; the metrics are those of the last."""
         cfg, metrics = self.config, {}
+        if self.data is None:
+            raise ConfigError(f"{type(self).__name__} learns from recorded data: set `dataset`, or pass `dataset=`.")
         batches = self.random("batches")
         self.noise.manual_seed(derived_seed(cfg.seed, "noise", self.iteration))
         with self.clock_watch("train"):
@@ -117,7 +119,11 @@ class OfflineAgent(Agent):
             case OfflineDataset():
                 return self.dataset.transitions
         if self.config.dataset:
-            return load_dataset(self.config.dataset).transitions
+            try:
+                return load_dataset(self.config.dataset).transitions
+            except DatasetError:
+                if not self.description:
+                    raise
         if self.description or self.environments is not None:
             return None  # an agent that was saved acts without its data
         raise ConfigError(f"{type(self).__name__} learns from recorded data: set `dataset`, or pass `dataset=`.")

@@ -61,13 +61,14 @@ class Evaluator:
         """Measure the untouched model, in the training prompt's words and in every baseline's."""
         if self.data is None or self.started or not self.cfg.eval.before:
             return
-        journal.note(f"Evaluating the untouched model on {len(self.data)} held-out prompts ...")
-        alternatives = []
+        alternatives, phrasings = [], len(self.baselines) + 1
         for number, asked in enumerate(self.baselines, 1):
+            journal.doing(_measuring(asked.data, number, phrasings))
             metrics, rows = self.run(asked)
             alternatives.append(metrics["eval/reward_mean"])
             journal.samples(f"baseline-{number}", rows)
-            journal.note(f"Untouched model, baseline phrasing {number}: {_in_words(metrics)}")
+            journal.note(f"Untouched model, phrasing {number} of {phrasings}: {_in_words(metrics)}")
+        journal.doing(_measuring(self.data, phrasings, phrasings))
         self._record(0, journal, {"eval/best_baseline_mean": max(alternatives)} if alternatives else {})
         self.started = True
 
@@ -183,6 +184,11 @@ def _metrics(values: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
         part = values[:, index][~values[:, index].isnan()]
         metrics[f"eval/{name}_mean"] = float(part.mean()) if len(part) else math.nan
     return metrics
+
+
+def _measuring(data: Prompts, number: int, phrasings: int) -> str:
+    which = f": phrasing {number} of {phrasings}" if phrasings > 1 else ""
+    return f"measuring the untouched model{which} ({len(data)} held-out prompts)"
 
 
 def _in_words(metrics: Mapping[str, float]) -> str:

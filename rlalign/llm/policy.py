@@ -161,6 +161,7 @@ class Policy:
         if self.accelerator.is_main_process:
             self.model.save_pretrained(str(path), state_dict=state)
             self.tokenizer.save_pretrained(path)
+            share_as_umask_says(Path(path))
 
     def state_dict(self) -> dict[str, Any]:
         """The trained tensors and the packing that was chosen; frozen weights come from where they came from."""

@@ -72,6 +72,10 @@ class Board:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the panel down where it stands; what comes after are plain lines."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -98,6 +102,11 @@ class Board:
         self.state.evaluations.append((int(step), numbers))
         self._last_call = perf_counter()  # evaluation time is not step time
         self._show(f"eval  {int(step):>6}  {evaluation_words(numbers)}")
+
+    def doing(self, text: str) -> None:
+        """Say what goes on before the first step: on the panel until there are numbers, or as a plain line."""
+        self.state.doing = one_line(text, limit=160)
+        self._show(self.state.doing)
 
     def note(self, text: str) -> None:
         """Print a line that stays."""

@@ -30,6 +30,8 @@ class BoardState:
 
     title: str
     total_steps: int
+    doing: str = ""
+    """What goes on before there are numbers."""
     step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
@@ -99,10 +101,17 @@ def evaluation_words(numbers: Mapping[str, float]) -> str:
             error = numbers.get(name.removesuffix("_mean") + "_stderr", nan)
             spread = f" ±{format_number(error)}" if isfinite(error) else ""
             shown = f"{format_share(value)}%" if describe(name).share else format_number(value)
-            words.append(f"{plain_name(stem.removesuffix('_mean').removesuffix('_frac')).lower()} {shown}{spread}")
+            words.append(f"{_evaluated(name)} {shown}{spread}")
     count = numbers.get("eval/n", nan)
     kept = words[:4]
     return "  ".join([*kept, f"(n={count:.0f})"] if isfinite(count) else kept) or "done"
+
+
+def _evaluated(name: str) -> str:
+    """What an evaluation's number is called on one line, where "held-out" goes without saying."""
+    if name == "eval/best_baseline_mean":
+        return describe(name).title.lower()
+    return plain_name(name.removeprefix("eval/").removesuffix("_mean").removesuffix("_frac")).lower()
 
 
 def sparkline(values: list[float], *, width: int = _SPARK_WIDTH) -> str:
@@ -151,7 +160,7 @@ def _figures_row(state: BoardState) -> "RenderableType":
 
     found = figures(state.metrics)
     if not found:
-        return _line(("no numbers in this step" if state.step else "waiting for the first step", "dim"))
+        return _line(("no numbers in this step" if state.step else state.doing or "waiting for the first step", "dim"))
     table = Table.grid(padding=(0, 3))
     table.add_row(*[_line((label, "dim")) for label, _ in found])
     table.add_row(*[_line((value, "bold red" if value.startswith("n/a") else "bold")) for _, value in found])

@@ -50,6 +50,9 @@ class Journal:
         self._write(step, metrics, "eval")
         self.board.evaluation(step, metrics)
 
+    def doing(self, text: str) -> None:
+        self.board.doing(text)
+
     def note(self, text: str) -> None:
         self.board.note(text)
 

@@ -241,7 +241,8 @@ def _sample(row: Mapping[str, Any]) -> Sample:
 
 def _read_errors(folder: Path, problems: list[str]) -> tuple[list[Record], int]:
     # Tracebacks of the run itself first, the newest on top; then what reward functions did.
-    paths = sorted((path for path in folder.glob("*") if path.is_file()), key=lambda path: path.name)
+    found = (path for path in folder.glob("*") if path.is_file() and path.stat().st_size)
+    paths = sorted(found, key=lambda path: path.name)
     crashes = [path for path in paths if path.name.startswith("error-")]
     paths = crashes[::-1] + [path for path in paths if path not in crashes]
     return [_record(path, problems) for path in paths[:_MAX_ERROR_FILES]], len(paths)

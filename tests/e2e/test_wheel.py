@@ -46,6 +46,7 @@ def test_every_module_preset_and_data_file_is_carried(wheel: Path):
     wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "rlalign").rglob("*.j2")}
     wanted |= {str(path.relative_to(ROOT / "envs")) for path in (ROOT / "envs").rglob("*.py")}
     wanted |= {f"rlalign/presets/{path.relative_to(ROOT / 'configs')}" for path in (ROOT / "configs").rglob("*.yaml")}
+    wanted |= {str(path.relative_to(ROOT / "envs")) for path in (ROOT / "envs/rlalign_envs/data").iterdir()}
     wanted |= {"rlalign/py.typed"}
     assert any(name.startswith("rlalign/presets/") for name in wanted)
     assert wanted <= carried, sorted(wanted - carried)

@@ -284,7 +284,7 @@ def test_extreme_log_ratios_do_not_overflow(make):
     objective, ratios = trainer.objective, []
 
     def recorded(batch: Any, log_prob: Any, entropy: Any, here: Any) -> Any:
-        ratios.append(float((log_prob - batch.log_prob_old)[here].abs().mean()))
+        ratios.append(float((log_prob.detach() - batch.log_prob_old)[here].abs().mean()))
         return objective(batch, log_prob, entropy, here)
 
     trainer.objective = recorded  # pyright: ignore[reportAttributeAccessIssue]
@@ -370,7 +370,7 @@ def test_a_disk_full_while_saving_stops_cleanly_and_resumes_when_there_is_space(
 
 def test_a_disk_full_while_tidying_up_costs_nothing(workshop, stopped):
     """The checkpoint stands already when older ones are removed and `latest` is written."""
-    done = rlalign(workshop, "train", "tiny.yaml", "--run-dir", "tidying", faults=[fault("file", 90, "ENOSPC")])
+    done = rlalign(workshop, "train", "tiny.yaml", "--run-dir", "tidying", faults=[fault("prune", 2, "ENOSPC")])
     assert done.code == 0
     assert "is saved, but tidying up failed" in done.err
     assert Checkpoints(workshop / "tidying/checkpoints").load().step == 6

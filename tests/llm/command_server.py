@@ -31,6 +31,7 @@ POINTS = {
     "record": ("rlalign.training.metrics", "MetricsLog", "write"),
     "samples": ("rlalign.training.journal", "Journal", "samples"),
     "save": ("rlalign.training.checkpoint", "Checkpoints", "save"),
+    "prune": ("rlalign.training.checkpoint", "Checkpoints", "_prune"),
     "model": ("rlalign.llm.policy", "Policy", "save"),
     "report": ("rlalign.training.session", "", "write_report"),
     "env": ("rlalign.agents.envs", "Environments", "step"),

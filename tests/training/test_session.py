@@ -100,10 +100,15 @@ def test_a_finished_run_ends_by_saying_what_changed_and_where_the_report_is(tmp_
 
 def test_a_run_that_ends_early_says_nothing_of_success(tmp_path, capsys):
     session, trainer = make(tmp_path / "run"), Counter()
-    with pytest.raises(RuntimeError), session.open(trainer, resume=False) as journal:
-        for step in (0, 1):
-            journal.evaluation(step, {"eval/reward_mean": 0.5 * step})
-        raise RuntimeError
+
+    def evaluate_and_fail() -> None:
+        with session.open(trainer, resume=False) as journal:
+            for step in (0, 1):
+                journal.evaluation(step, {"eval/reward_mean": 0.5 * step})
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        evaluate_and_fail()
     assert "Held-out reward" not in "\n".join(capsys.readouterr().out.splitlines()[-2:])
 
 
