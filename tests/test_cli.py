@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 import rlalign
-from rlalign import cli, config
+from rlalign import cli, cli_errors, config
 
 ROOT = Path(__file__).parents[1]
 
@@ -252,7 +252,7 @@ def test_missing_extra_is_one_line_with_the_pip_command():
 
 def test_every_pip_name_is_an_extra_of_the_package():
     extras = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
-    for name in cli.PIP_NAMES.values():
+    for name in cli_errors.PIP_NAMES.values():
         extra = re.search(r"rlalign\[(\w+)\]", name)
         assert extra is None or f"\n{extra[1]} = [" in extras
 

@@ -21,6 +21,7 @@ from rlalign.agents.keywords import config_from_keywords
 from rlalign.agents.spaces import MASK, Observation
 from rlalign.config import ConfigError
 from rlalign.config_schema import hints_of
+from rlalign.training.files import share_as_umask_says
 from rlalign.training.journal import Journal
 from rlalign.training.seeding import derived_seed, generator, rng_state, seed_everything, set_rng_state
 from rlalign.training.session import Session
@@ -256,6 +257,7 @@ class Agent:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
         settings = {"config": config_files.dump(self.config), "step": self.step, "description": self.described(), "learned": tree}
         (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        share_as_umask_says(folder)
 
     save_model = save
     """What a session calls at the end of a run."""

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from rlalign.advantages.config import GAE, AdvantageConfig, BetaNormalized
+from rlalign.advantages.config import GAE, AdvantageConfig, GroupRelative
 from rlalign.nn.config import MSE, ValueHeadConfig
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -188,7 +188,7 @@ class PPOConfig(OnPolicyConfig):
     """Keep new values within this of the old ones (MSE head only)."""
     entropy_coef: Finite = 0.0
     target_kl: Positive | None = None
-    """Stop an iteration's updates when the policy has moved this far (1.5 times this, as elsewhere)."""
+    """Stop an iteration's updates before the step that finds the policy 1.5 times this far from where it collected."""
     compile: bool = False
     """Compile the update step with `torch.compile`: about a minute once, then about twice as fast. Needs a C++ compiler."""
 
@@ -222,7 +222,7 @@ class GroupConfig(AgentConfig):
     group_size: Annotated[int, Field(ge=2)] = 8
     """Episodes from the same start; `env.num_envs` must be a multiple."""
     normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
-    advantage: AdvantageConfig = field(default_factory=BetaNormalized)
+    advantage: AdvantageConfig = field(default_factory=GroupRelative)
     success_threshold: Finite | None = None
     """An episode's outcome becomes 1 when its return reaches this, else 0; None keeps the return."""
     minibatches: Count = 1

@@ -22,6 +22,8 @@ from rlalign.config import ConfigError
 from rlalign.training.seeding import derived_seed
 
 Array = np.ndarray
+LONGEST_EPISODE = 100_000
+"""Steps after which whoever waits for an episode's end gives up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +167,19 @@ class Environments:
                 self.step(actions)
         self.steps = state["steps"]
         self.ended = state["ended"].numpy().copy()
+
+
+def require_end(steps: int, name: str) -> None:
+    """Stop waiting for an episode that seems to have no end.
+
+    Raises:
+        EnvironmentFault: `steps` has reached `LONGEST_EPISODE`.
+    """
+    if steps >= LONGEST_EPISODE:
+        raise EnvironmentFault(
+            f"{name}: an episode has not ended within {steps:,} steps, and whole episodes are asked for. Set "
+            "`env.max_episode_steps`."
+        )
 
 
 class _Told:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from rlalign.agents.config import AgentEvalConfig
-from rlalign.agents.envs import Array, Environments
+from rlalign.agents.envs import Array, Environments, require_end
 from rlalign.training.intervals import bootstrap_interval, standard_error
 from rlalign.training.journal import Journal
 from rlalign.training.seeding import generator
@@ -76,6 +76,7 @@ class Evaluator:
         returns, lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs, dtype=np.int64)
         running = np.ones(envs.num_envs, dtype=bool)
         while running.any():
+            require_end(int(lengths.max()), envs.name)
             step = envs.step(self.decide(observation, {**envs.info, EPISODE_STEP: lengths}, random=random)[0])
             returns += np.where(running, step.rewards, 0.0)
             lengths += running

@@ -43,8 +43,7 @@ class PPO(OnPolicyAgent):
         batch = self.estimator(self.buffer.drain())
         with self.clock_watch("train"):
             for minibatch in self.minibatches(batch):
-                self.update(minibatch)
-                if self.measures.moved_too_far:
+                if not self.update(minibatch):
                     break
         return self.measures.finish(self.model, self.optimizer) | rollout_metrics(self, batch)
 
@@ -60,15 +59,19 @@ class PPO(OnPolicyAgent):
         for _ in range(self.config.update_epochs):
             yield from decisions.minibatches(self.config.minibatch_size, order)
 
-    def update(self, minibatch: Decisions) -> None:
-        """One optimizer step."""
+    def update(self, minibatch: Decisions) -> bool:
+        """One optimizer step; False, and none, where the policy has moved too far already (`target_kl`)."""
         if self.compiled is not None and len(minibatch) == self.config.minibatch_size:
             scored = self.compiled(minibatch.fields)
         else:
             loss, scored = self.loss(self.model.networks(minibatch.fields), minibatch.fields)
             loss.backward()
         self.measures.scored(*(tensor.detach() for tensor in scored))
+        if self.measures.moved_too_far:
+            self.optimizer.flat.clear()
+            return False
         self.measures.grad_norms.append(self.optimizer.take_step(progress=self.step / self.total))
+        return True
 
     def loss(
         self, outputs: tuple[Tensor, Tensor], minibatch: Mapping[str, Tensor]

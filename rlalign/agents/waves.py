@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlalign.agents.collect import Experience, stacked_masks
-from rlalign.agents.envs import Environments, EnvStep
+from rlalign.agents.envs import Environments, EnvStep, require_end
 from rlalign.agents.networks import Actor, prepare
 from rlalign.agents.normalize import ObservationNormalizer
 from rlalign.agents.spaces import ActionInterface, ObservationParts
@@ -49,6 +49,7 @@ class WaveCollector:
         decisions, played, masks = [], [], []
         noise = torch.empty(0)
         while running.any():
+            require_end(len(played), envs.name)
             if len(played) % NOISE_STEPS == 0:
                 noise = actor.distribution.noise((NOISE_STEPS, rows), random)
             prepared = prepare(self.parts, normalizer.apply(seen[-1]))

@@ -25,6 +25,7 @@ from rlalign.llm.models import align_special_tokens, load_model, prepare_tokeniz
 from rlalign.llm.packing import Layout, Segment, micro_batches, segments
 from rlalign.llm.scoring import Packing, Scorer, base_model, packing_error, reason_against_packing, score_rollout
 from rlalign.training.distributed import sum_over_processes
+from rlalign.training.files import share_as_umask_says
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 """Largest difference in nats between packed and padded log-probabilities; lower precisions get 0.3.

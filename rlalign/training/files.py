@@ -31,12 +31,11 @@ def write_durable(path: Path, content: str | bytes) -> None:
 
 
 def share_as_umask_says(folder: Path) -> None:
-    """Give the files of a folder the mode of any new file: some writers leave theirs readable by the owner alone."""
+    """Give saved weights the mode of any new file: the safetensors writer leaves them readable by their owner alone."""
     mask = os.umask(0o077)  # the only way to read it is to set it
     os.umask(mask)
-    for file in folder.iterdir():
-        if file.is_file() and not file.is_symlink():
-            file.chmod(0o666 & ~mask)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o666 & ~mask)
 
 
 def sync_file(path: Path) -> None:

@@ -184,11 +184,14 @@ class Session:
     def _close(self, run: RunDirectory | None, status: Status, trainer: Resumable) -> None:
         if run is None:
             return
+        self.journal.board.close()  # the last words are plain lines below it
         try:
             run.set_status(status, step=trainer.step, total_steps=self.total_steps)
             if status == "done":
                 verdict = find(read_run(run.path)).verdict
                 self.journal.note(f"{verdict.sentence} {verdict.detail}".rstrip())
+                if (run.path / "model").exists():
+                    self.journal.note(f"Model: {run.path / 'model'}")
             self.journal.note(f"Report: {write_report(run.path)}")
         except OSError as error:  # a full disk must not hide why the run ended
             self.journal.note(f"The report could not be written ({error}). Later: rlalign report {run.path}")

@@ -9,6 +9,7 @@ from gymnasium.vector import SyncVectorEnv
 from rlalign.agents import PPO
 from rlalign.agents.config import AgentEvalConfig
 from rlalign.agents.envs import Environments
+from rlalign.agents.episodes import EnvironmentFault
 from rlalign.agents.evaluate import Evaluator, summary
 from rlalign.training.journal import Journal
 from tests.agents.small_agents import iterated, small
@@ -116,3 +117,9 @@ def test_evaluation_copies_are_not_those_of_training():
     np.testing.assert_array_equal(agent.environments.observation, place)
     for index, log in agent.environments.state_dict()["episodes"].items():
         assert log["taken"].equal(state["episodes"][index]["taken"])
+
+
+def test_an_episode_without_end_is_given_up(monkeypatch):
+    monkeypatch.setattr("rlalign.agents.envs.LONGEST_EPISODE", 3)
+    with pytest.raises(EnvironmentFault, match="Length: an episode has not ended within 3 steps.*max_episode_steps"):
+        evaluator(MODES[0]).play(7)
