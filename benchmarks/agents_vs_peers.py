@@ -112,6 +112,7 @@ def launch(options: argparse.Namespace, setting: str, arm: str, cache: Path, **m
     spec = {"arm": arm, "setting": asdict(config), "core": options.core, "seed": 0, "iterations": 1} | more
     spec = {"total_steps": 0, "episodes": 0} | spec
     quiet = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    quiet |= {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # compilers are children of the process, so their time is counted
     result, busy = cache / "result.json", busy_share()
     print(f"{setting:<17} {arm:<9}", end="", flush=True)
     command = [sys.executable, str(ARMS), json.dumps(spec), str(result)]
@@ -139,7 +140,9 @@ def throughput(options: argparse.Namespace, setting: str) -> dict[str, Any]:
     found = {"arms": arms, "runs": runs, "machine_was_quiet": all((run["busy_before"] or 0) < BUSY for run in runs)}
     headline = "compiled" if "compiled" in arms else "eager"
     for arm in arms:
-        arms[arm]["speedup"] = {key: arms[arm][key] / arms["peer"][key] for key in ("steps_per_cpu_s", "steps_per_wall_s")}
+        arms[arm]["speedup"] = {
+            key: arms[arm][key] / arms["peer"][key] for key in ("steps_per_cpu_s", "steps_per_wall_s")
+        }
     slower = min(arms[headline]["speedup"].values())
     found["verdict"] = {
         "headline": headline,
@@ -149,7 +152,15 @@ def throughput(options: argparse.Namespace, setting: str) -> dict[str, Any]:
     }
     if "compiled" in arms:
         found["warm_up"] = warm_up(runs, arms)
+        found["full_minibatches"] = full_minibatches(setting, runs)
     return found
+
+
+def full_minibatches(setting: str, runs: list[dict[str, Any]]) -> float:
+    """Share of the `compiled` arm's timed minibatches that were of full size: the others run uncompiled."""
+    size = SETTINGS[setting].minibatch_size
+    steps = [part["steps"] for run in runs if run["arm"] == "compiled" for part in run["iterations"][1:]]
+    return sum(count // size for count in steps) / sum(-(-count // size) for count in steps)
 
 
 def speed(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -218,7 +229,11 @@ def difference(ours: list[float], theirs: list[float], *, resamples: int = 10_00
         for side in (ours, theirs)
     ]
     low, high = np.quantile(drawn[0] - drawn[1], [0.025, 0.975])
-    return {"estimate": float(interquartile_mean(ours) - interquartile_mean(theirs)), "low": float(low), "high": float(high)}
+    return {
+        "estimate": float(interquartile_mean(ours) - interquartile_mean(theirs)),
+        "low": float(low),
+        "high": float(high),
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- showing
@@ -237,6 +252,8 @@ def table(report: dict[str, Any]) -> str:
                 f"  {name:<9} {arm['steps_per_cpu_s']:8.0f} steps/cpu-s {arm['steps_per_wall_s']:8.0f} steps/s "
                 f"{arm['speedup']['steps_per_cpu_s']:5.2f}x {arm['speedup']['steps_per_wall_s']:5.2f}x"
             )
+        if found.get("full_minibatches", 1.0) < 0.9:
+            lines.append(f"  only {found['full_minibatches']:.0%} of the minibatches were full and ran compiled")
         for name, cost in found.get("warm_up", {}).items():
             even = [cost[f"break_even_steps_against_{other}"] for other in ("peer", "eager")]
             told_even = ", ".join("never" if value is None else f"{value:,.0f}" for value in even)

@@ -1,4 +1,4 @@
-"""Results of a benchmark that consists of many independent runs: kept one by one, so that it can be stopped and go on."""
+"""Results of a benchmark of many independent runs: kept one by one, so that it can be stopped and go on."""
 
 import json
 import math

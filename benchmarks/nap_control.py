@@ -1,4 +1,4 @@
-"""PPO on a pole whose sensors and controls are wired anew every few thousand steps, with and without Normalize-and-Project.
+"""PPO on a pole whose sensors and controls are wired anew every so often, with and without Normalize-and-Project.
 
     python benchmarks/nap_control.py                    # 15 runs; stop it any time, it goes on where it was
 

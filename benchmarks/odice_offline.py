@@ -1,6 +1,6 @@
 """O-DICE's three gradients, BC, IQL and TD3+BC on two shipped datasets, and the values they give to unseen rooms.
 
-    python benchmarks/odice_offline.py                  # 5 seeds, about 45 minutes on one core; goes on where it stopped
+    python benchmarks/odice_offline.py                  # 5 seeds, about 45 minutes on one core; resumes
 
 Writes `results/odice_offline.json` and `.png`. The protocol stands in benchmarks/README.md.
 """
@@ -26,7 +26,7 @@ from rlalign_envs.four_room import GOAL, START, UPPER_RIGHT, observe, optimal_va
 
 ADAM = {"learning_rate": 1e-3, "eps": 1e-8, "max_grad_norm": None}
 RELU = {"hidden": [64, 64], "activation": "relu"}
-SHARED: dict[str, Any] = {"batch_size": 256, "network": RELU, "optim": ADAM, "video": False}
+SHARED: dict[str, Any] = {"batch_size": 256, "network": RELU, "optim": ADAM}
 CRITIC: dict[str, Any] = {"critic_network": RELU, "critic_optim": ADAM}
 DICE: dict[str, Any] = {**CRITIC, "critic_network": {**RELU, "layer_norm": True}}
 METHODS: dict[str, tuple[type, dict[str, Any]]] = {
@@ -40,7 +40,7 @@ METHODS: dict[str, tuple[type, dict[str, Any]]] = {
 TASKS: dict[str, dict[str, Any]] = {
     "cartpole_mixed": {"env": "CartPole-v1", "gamma": 0.99},
     "pendulum_mixed": {"env": "Pendulum-v1", "gamma": 0.95},
-    "four_room": {"env": "rlalign_envs:FourRoom-v0", "gamma": 0.9},
+    "four_room": {"env": "rlalign_envs:FourRoom-v0", "gamma": 0.9, "rewards": "return_range"},
 }
 CONTINUOUS = ("pendulum_mixed",)
 EPISODES = 50
@@ -118,8 +118,7 @@ def run(cell: Mapping[str, Any]) -> dict[str, Any]:
     task, method, seed = cell["task"], cell["method"], cell["seed"]
     data = load_dataset(f"rlalign_envs:{task}")
     playing = {"eval": {"episodes": EPISODES, "num_envs": 25, "video": False}}
-    settings = {name: value for name, value in cell["settings"].items() if name != "video"}
-    agent = METHODS[method][0](TASKS[task]["env"], dataset=data, seed=seed, **playing, **settings)
+    agent = METHODS[method][0](TASKS[task]["env"], dataset=data, seed=seed, **playing, **cell["settings"])
     started, metrics = time.process_time(), {}
     while agent.step < agent.total:
         metrics = agent.iterate()
@@ -143,8 +142,8 @@ def score(mean: float, reference: Reference) -> float:
 def rooms(agent: Any) -> dict[str, Any]:
     """V of every cell, its mean over cells with and without data, and the length of the path from the start."""
     cells_ = [cell for cell in reachable_cells() if cell != GOAL]
-    episode, steps = int(agent.evaluator.play(1)[0][0]), int(agent.evaluator.play(1)[1][0])
-    path = {"path": steps if episode else -1}
+    returns, lengths = agent.evaluator.play(1)
+    path = {"path": int(lengths[0]) if returns[0] else -1}
     value = vars(agent.learner).get("value")
     if value is None:
         return path

@@ -120,7 +120,10 @@ def summarise(cells: Cells) -> dict[str, Any]:
 
 def table(summary: dict[str, Any]) -> str:
     """Draw the summary as Markdown."""
-    lines = ["| noise | head | seeds | mean of the learning curve | after training | explained variance |", "|---" * 6 + "|"]
+    lines = [
+        "| noise | head | seeds | mean of the learning curve | after training | explained variance |",
+        "|---" * 6 + "|",
+    ]
     for noise, heads in summary.items():
         for head, found in heads.items():
             cells = [told(found["curve_mean"]), told(found["final"]), told(found["explained_mean"], 2)]

@@ -22,7 +22,7 @@ OPTIONS = {
     "both": {
         # A distribution over 51 bins. Without `low` and `high` its range is found from the returns, and widened.
         "value_head": HLGauss(num_bins=51),
-        # A norm before each nonlinearity, and hidden weights scaled back after each step; `every: 10` does it less often.
+        # A norm before each nonlinearity, and hidden weights scaled back after each step, or after every tenth.
         "normalize_and_project": {"every": 1},
         # Weights that do not grow take no effective learning rate away, so a schedule has to.
         "schedule": "linear",
@@ -33,9 +33,7 @@ OPTIONS = {
 def main(steps: int) -> None:
     for name, options in OPTIONS.items():
         agent = PPO("CartPole-v1", seed=0, video=False, **SETTINGS, **options)
-        metrics: dict[str, float] = {}
-        for metrics in agent.steps(total_env_steps=steps):
-            pass
+        metrics = list(agent.steps(total_env_steps=steps))[-1]
         print(f"\n{name}: return {agent.evaluate(episodes=20)['eval/return_mean']:.0f}")
         for metric in (
             "value/explained_variance",

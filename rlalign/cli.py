@@ -10,7 +10,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -160,7 +160,7 @@ def check(
 def collect(
     source: Annotated[str, typer.Argument(metavar="RUN|ENV", help="A run, a saved agent, or an environment (random).")],
     episodes: Annotated[int, typer.Option(min=1, help="Whole episodes to record.")] = 100,
-    kind: Annotated[str, typer.Option(help="random, medium, mixed or expert.")] = "expert",
+    kind: Annotated[Literal["random", "medium", "mixed", "expert"], typer.Option(help="Who acts.")] = "expert",
     out: Annotated[Path | None, typer.Option(help="A .npz file, or an empty folder for one file an episode.")] = None,
     minari: Annotated[str | None, typer.Option(help="Also a local Minari dataset, such as pole/mixed-v0.")] = None,
     seed: Annotated[int, typer.Option(help="Decides starts and random actions.")] = 0,

@@ -247,7 +247,7 @@ class Agent:
             raise ConfigError("there is no environment to evaluate in: name one by its id (`env.id`).")
         return summary(*self.evaluator.play(episodes or self.config.eval.episodes))
 
-    # --------------------------------------------------------------------------------------------- keeping and coming back
+    # ----------------------------------------------------------------------------------------- keeping and coming back
 
     def save(self, path: str | Path) -> None:
         """Write config, weights and statistics as JSON and safetensors; `load` reads them."""
@@ -255,7 +255,12 @@ class Agent:
         folder.mkdir(parents=True, exist_ok=True)
         tree, tensors = encode(self.learned())
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
-        settings = {"config": config_files.dump(self.config), "step": self.step, "description": self.described(), "learned": tree}
+        settings = {
+            "config": config_files.dump(self.config),
+            "step": self.step,
+            "description": self.described(),
+            "learned": tree,
+        }
         (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         share_as_umask_says(folder)
 

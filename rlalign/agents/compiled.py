@@ -18,7 +18,7 @@ class CompiledGradient:
     """Writes the gradient of `loss(networks(minibatch), minibatch)` into the flat buffer's gradient.
 
     For small networks PyTorch spends most of a step on the way to its kernels; a compiled step goes there once. It is
-    the same loss, and the same gradient up to rounding. The first call compiles; every later one must have minibatches of the
+    the same loss, and the same gradient up to rounding. The first call compiles; later ones must have minibatches of the
     same shapes.
 
     Raises:
@@ -33,12 +33,16 @@ class CompiledGradient:
 
         # Guards ask at every call whether shapes and settings are still the same. They are: both are fixed for a run.
         unguarded = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-        self.gradient = torch.compile(grad(of_parameters, has_aux=True), fullgraph=True, dynamic=False, options=unguarded)
+        self.gradient = torch.compile(
+            grad(of_parameters, has_aux=True), fullgraph=True, dynamic=False, options=unguarded
+        )
 
     def __call__(self, minibatch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         try:
             gradient, scored = self.gradient(self.flat.parameter.detach(), minibatch)
         except torch._inductor.exc.InvalidCxxCompiler as error:
-            raise ConfigError("`compile: true` needs a C++ compiler (g++ or clang++); install one, or set it to false.") from error
+            raise ConfigError(
+                "`compile: true` needs a C++ compiler (g++ or clang++); install one, or set it to false."
+            ) from error
         self.flat.gradient.copy_(gradient)
         return scored

@@ -190,7 +190,7 @@ class PPOConfig(OnPolicyConfig):
     target_kl: Positive | None = None
     """Stop an iteration's updates before the step that finds the policy 1.5 times this far from where it collected."""
     compile: bool = False
-    """Compile the update step with `torch.compile`: about a minute once, then about twice as fast. Needs a C++ compiler."""
+    """Compile the update step: up to a minute once, then nearly twice as fast. Needs a C++ compiler."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,8 +28,8 @@ def check_consistency(config: AgentConfig) -> list[str]:
 def _check_on_policy(config: OnPolicyConfig) -> None:
     if not isinstance(config.advantage, GAE):
         raise ConfigError(
-            f"`advantage.type`={config.advantage.type} compares whole episodes from equal starts; {type(config).__name__} "
-            "has a critic and needs `gae`. For group estimators use `method: policy_gradient_agent`."
+            f"`advantage.type`={config.advantage.type} compares whole episodes from equal starts; "
+            f"{type(config).__name__} has a critic and needs `gae`. For group estimators use `method: policy_gradient_agent`."
         )
     if isinstance(config.value_head, C51):
         raise ConfigError(
@@ -49,7 +49,9 @@ def _check_on_policy(config: OnPolicyConfig) -> None:
 
 def _check_group(config: GroupConfig) -> None:
     if not isinstance(config.advantage, GroupEstimatorConfig):
-        raise ConfigError(f"`advantage.type`={config.advantage.type} needs more than episode outcomes; use a group one.")
+        raise ConfigError(
+            f"`advantage.type`={config.advantage.type} needs more than episode outcomes; use a group one."
+        )
     if config.env.num_envs % config.group_size:
         raise ConfigError(
             f"`env.num_envs`={config.env.num_envs} must be a multiple of `group_size`={config.group_size}."

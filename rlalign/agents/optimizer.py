@@ -28,8 +28,10 @@ class AgentOptimizer:
         fused = self.flat.parameter.device.type in ("cpu", "cuda")
         if cfg.weight_decay:
             options["weight_decay"] = cfg.weight_decay
-        self.adam = torch.optim.AdamW([self.flat.parameter], fused=fused, **options) if cfg.weight_decay else (
-            torch.optim.Adam([self.flat.parameter], fused=fused, **options)
+        self.adam = (
+            torch.optim.AdamW([self.flat.parameter], fused=fused, **options)
+            if cfg.weight_decay
+            else (torch.optim.Adam([self.flat.parameter], fused=fused, **options))
         )
         self.projector = None if nap is None else Projector(module, every=nap.every)
         if self.projector is not None:
@@ -76,10 +78,12 @@ class AgentOptimizer:
         self.budget.consecutive += 1
         self.budget.total += 1
         if self.budget.consecutive > self.budget.limit:
-            bad = [name for name, p in self.module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            bad = [
+                name for name, p in self.module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
+            ]
             raise TrainingDiverged(
-                f"the gradient of `{bad[0] if bad else 'the norm'}` is NaN or infinite, {self.budget.consecutive} steps in "
-                f"a row ({self.budget.limit} allowed). The parameters are those of the last finite step. Lower "
+                f"the gradient of `{bad[0] if bad else 'the norm'}` is NaN or infinite, {self.budget.consecutive} steps "
+                f"in a row ({self.budget.limit} allowed). The parameters are those of the last finite step. Lower "
                 "`optim.learning_rate`, and set `normalize.observations` or `normalize.rewards` where they are large."
             )
 

@@ -18,7 +18,7 @@ from rlalign.functional.policy import clipped_surrogate
 
 
 class PPO(OnPolicyAgent):
-    """Clipped surrogate on rollouts of the current policy, several passes each (Schulman et al. 2017, arXiv:1707.06347).
+    """Clipped surrogate on rollouts of the current policy, several passes each (Schulman 2017, arXiv:1707.06347).
 
     Example:
         ```python

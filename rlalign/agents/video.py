@@ -28,7 +28,7 @@ def film(agent: "Agent", folder: Path) -> list[str]:
 
         frames, fps = _frames(agent)
     except ImportError as error:
-        return [f"No film of an episode: {error.name} is not installed. Run: pip install \"rlalign[agents]\""]
+        return [f'No film of an episode: {error.name} is not installed. Run: pip install "rlalign[agents]"']
     except Exception as error:  # drawing needs drivers and screens that training does not: never lose a run to it
         return [f"No film of an episode: {type(error).__name__}: {error}"]
     if not frames:

@@ -65,7 +65,7 @@ def _problems(cfg: PolicyGradientConfig, processes: int) -> list[str | None]:
 
 
 def _reward_problems(cfg: PolicyGradientConfig) -> list[str | None]:
-    (low, high), guard = _reward_bounds(cfg), cfg.guard
+    (low, high), guard = reward_bounds(cfg), cfg.guard
     bounded = low > -math.inf
     penalised = cfg.kl.coef > 0 and cfg.kl.where == "reward"
     return [
@@ -75,7 +75,7 @@ def _reward_problems(cfg: PolicyGradientConfig) -> list[str | None]:
         else None,
         "`kl.where: reward` has no effect with `advantage.decompose: true`, which looks at each function's own reward; "
         "use `kl.where: loss`."
-        if penalised and not bounded and _decomposed(cfg)
+        if penalised and not bounded and decomposed(cfg)
         else None,
         f"`guard.penalty`={guard.penalty:g} is outside [{low:g}, {high:g}], where `advantage: {cfg.advantage.type}` "
         "needs its rewards, so the first row that fails would end the run; choose a value inside"
@@ -96,9 +96,9 @@ def _dtype(cfg: PolicyGradientConfig, adapter: bool) -> str | None:
 
 def _sum_leaves_range(cfg: PolicyGradientConfig, weights: Sequence[float]) -> str | None:
     """Whether functions between 0 and 1, the usual kind, add up to what the estimator refuses in mid-run."""
-    low, high = _reward_bounds(cfg)
+    low, high = reward_bounds(cfg)
     least, most = sum(min(weight, 0) for weight in weights), sum(max(weight, 0) for weight in weights)
-    if _decomposed(cfg) or (low <= least and most <= high):
+    if decomposed(cfg) or (low <= least and most <= high):
         return None
     fix = "weights" if isinstance(cfg.advantage, MaxLikelihood) else "`advantage.reward_range`, change weights"
     return (
@@ -108,7 +108,7 @@ def _sum_leaves_range(cfg: PolicyGradientConfig, weights: Sequence[float]) -> st
     )
 
 
-def _reward_bounds(cfg: PolicyGradientConfig) -> tuple[float, float]:
+def reward_bounds(cfg: PolicyGradientConfig) -> tuple[float, float]:
     """What outcomes (or parts of them, with `decompose`) the estimator takes."""
     match cfg.advantage:
         case BetaNormalized():
@@ -119,7 +119,7 @@ def _reward_bounds(cfg: PolicyGradientConfig) -> tuple[float, float]:
             return -math.inf, math.inf
 
 
-def _decomposed(cfg: PolicyGradientConfig) -> bool:
+def decomposed(cfg: PolicyGradientConfig) -> bool:
     return isinstance(cfg.advantage, GroupEstimatorConfig) and cfg.advantage.decompose
 
 

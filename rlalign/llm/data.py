@@ -37,6 +37,8 @@ class Prompts(Sequence[Row]):
     """The configuration key or argument it came from, for messages."""
     notes: tuple[str, ...] = ()
     """What was mapped or dropped on the way in; printed once."""
+    origin: str = ""
+    """The file or function they were read from."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,6 +81,8 @@ def load_prompts(
     if not rows:
         raise DataError(f"`{name}` has no rows. {_origin(source)}")
     prompts = _with_prompt_column(rows, name)
+    if isinstance(source, DatasetConfig):
+        prompts = replace(prompts, origin=source.source)
     if template is not None:
         prompts = replace(
             prompts, rows=[fill_template(row, template, number, name) for number, row in enumerate(prompts.rows, 1)]

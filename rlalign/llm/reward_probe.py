@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from rlalign.training.reward_call import Reply, RewardLoadError
+from rlalign.llm.reward_place import where_it_failed
+from rlalign.training.reward_call import Reply, RewardLoadError, RowResult
 from rlalign.training.reward_function import RewardFunction
 from rlalign.training.reward_isolation import make_runner
 from rlalign.training.reward_process import RewardProcess
 from rlalign.training.reward_request import Request
 from rlalign.training.reward_rescue import Runner
+from rlalign.training.untrusted_text import one_line
 
 _PROVIDED = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"})
 _COMPLETIONS = [
@@ -20,6 +22,17 @@ _COMPLETIONS = [
     "I do not know.",
 ]
 _SLOW_S = 2.0
+_FIXES = {
+    "raised": "correct that line; for a completion that it cannot judge it should return 0 or None",
+    "timeout": "make it faster or bound its loops, or raise `guard.timeout_s`",
+    "died": "take out exits (os._exit) and what crashes; if memory ran out, raise `guard.memory_limit_gb`",
+    "wrong_shape": "return a list with one finite number, bool or None per completion",
+    "bad_type": "return a list with one finite number, bool or None per completion",
+    "not_finite": "return None where the reward is undefined",
+    "too_large": "divide the reward by its usual size",
+    "not_run": "mend what failed before it",
+}
+"""What helps against each kind of failure."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,10 @@ class ProbeReport:
 
     title: str
     probes: list[Probe] = field(default_factory=list)
+    scored: list[tuple[float | None, str, str]] = field(default_factory=list)
+    """Reward, answer and completion of the samples."""
+    written: str | None = None
+    """How a config names the function."""
 
     @property
     def ok(self) -> bool:
@@ -52,14 +69,21 @@ class ProbeReport:
         for probe in self.probes:
             lines.append(f"  {probe.status}  {probe.name:<{width}}  {probe.detail}")
             lines += [f"        {'':<{width}}fix: {probe.fix}"] if probe.fix else []
+        if self.scored:
+            lines += [f"  {'reward':>8}  {'answer':<12}  completion", *map(_scored_line, self.scored)]
         failed = sum(probe.status == "FAIL" for probe in self.probes)
-        return "\n".join(
-            [*lines, "ready to train with" if self.ok else f"{failed} of {len(self.probes)} probes failed"]
-        )
+        if not self.ok:
+            return "\n".join([*lines, f"{failed} of {len(self.probes)} probes failed"])
+        in_config = [] if self.written is None else ["in a config:", "rewards:", f"  - function: {self.written}"]
+        return "\n".join([*lines, "ready to train with", *in_config])
 
 
 def probe(
-    function: RewardFunction, *, rows: Sequence[Mapping[str, Any]] | None = None, timeout_s: float = 10.0
+    function: RewardFunction,
+    *,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+    timeout_s: float = 10.0,
+    written: str | None = None,
 ) -> ProbeReport:
     """Import the function, call it on ordinary and on nasty completions, and tell what a run would meet.
 
@@ -67,13 +91,15 @@ def probe(
         rows: Samples with `prompt`, `completion` and the data's other columns. Without them the samples ask for 2 + 2,
             and columns the function needs are filled with "4".
         timeout_s: Longest a single call may take.
+        written: How a config names the function; the report then ends with the lines to copy.
     """
-    report = ProbeReport(f"{function.name} ({function.import_path or 'a Python object'})")
+    report = ProbeReport(f"{function.name} ({function.import_path or 'a Python object'})", written=written)
     runner = make_runner(function, "auto", start_timeout_s=max(60.0, timeout_s))
     try:
         runner.prepare()
     except RewardLoadError as error:
-        report.add("import", "FAIL", str(error).strip(), "make the file importable on its own")
+        place = where_it_failed(error.detail)
+        report.add("import", "FAIL", error.what + (f" at {place}" if place else ""), _import_fix(error.what))
         return report
     try:
         prober = _Prober(runner, report, timeout_s)
@@ -112,17 +138,22 @@ class _Prober:
     def _format(self, samples: Request) -> Request | None:
         """Plain text or chat messages: which of the two does it take?"""
         chat = _as_chat(samples)
-        plain_problem, chat_problem = _problem(self._ask(samples)), _problem(self._ask(chat))
-        if plain_problem and chat_problem:
-            fix = "it must return one finite number, bool or None per completion"
-            self.report.add("samples", "FAIL", f"{plain_problem}; with chat messages: {chat_problem}", fix)
+        plain, talked = _first_failure(self._ask(samples)), _first_failure(self._ask(chat))
+        plain_problem, chat_problem = _told(plain), _told(talked)
+        if plain is not None and talked is not None:
+            other = "" if talked.message == plain.message else f"; with chat messages it {chat_problem}"
+            self.report.add("samples", "FAIL", f"it {plain_problem}{other}", _FIXES[plain.status])
             return None
         if plain_problem:
-            self.report.add("samples", "note", f"chat messages only ({plain_problem})", "use conversational prompts")
+            self.report.add(
+                "samples", "note", f"chat messages only (as text it {plain_problem})", "use conversational prompts"
+            )
             return chat
         detail = "plain text only" if chat_problem else "plain text and chat messages"
         self.report.add(
-            "samples", "note" if chat_problem else "pass", detail + (f" ({chat_problem})" * bool(chat_problem))
+            "samples",
+            "note" if chat_problem else "pass",
+            detail + (f" (as chat it {chat_problem})" * bool(chat_problem)),
         )
         return samples
 
@@ -142,6 +173,11 @@ class _Prober:
             self.report.add("inputs", "note", "it changes its arguments; they are copies, so no harm is done")
         known = {value for value in values if value is not None}
         shown = ", ".join("None" if value is None else f"{value:g}" for value in values)
+        answers = request.columns.get("answer", [""] * request.rows)
+        self.report.scored = [
+            (value, str(answer), _text(completion))
+            for value, answer, completion in zip(values, answers, request.columns["completions"], strict=True)
+        ]
         if len(known) > 1:
             self.report.add("signal", "pass", f"rewards of the samples: {shown}")
         else:
@@ -156,31 +192,49 @@ class _Prober:
             "odd characters": "\x00\u202e\ud83d\ude00\ufffd<|im_end|>" * 20,
             "code": "__import__('os').system('true') 9**9**9",
         }.items():
-            problem = _problem(self._ask(_with_completion(request.take([0]), text)))
-            fix = "return 0 (or None) for what it cannot judge"
-            if problem:
-                self.report.add(name, "FAIL", problem, fix)
+            failed = _first_failure(self._ask(_with_completion(request.take([0]), text)))
+            if failed is not None:
+                self.report.add(name, "FAIL", f"it {_told(failed)}", _FIXES[failed.status])
             else:
                 self.report.add(name, "pass", "scored")
 
     def _speed(self, request: Request) -> None:
         many = request.take([i % request.rows for i in range(64)])
         reply = self._ask(many)
-        problem = _problem(reply)
-        if problem:
-            self.report.add("speed", "FAIL", f"64 rows: {problem}", "make it faster, or raise `guard.timeout_s`")
+        failed = _first_failure(reply)
+        if failed is not None:
+            self.report.add("speed", "FAIL", f"64 rows: it {_told(failed)}", _FIXES[failed.status])
         elif reply.seconds > _SLOW_S:
             self.report.add("speed", "note", f"64 rows take {reply.seconds:.1f} s; every training step waits for them")
         else:
             self.report.add("speed", "pass", f"64 rows take {1000 * reply.seconds:.0f} ms")
 
 
-def _problem(reply: Reply) -> str:
-    """What is wrong with an answer, in a few words; empty when nothing is."""
+def _first_failure(reply: Reply) -> RowResult | None:
+    """What is wrong with an answer; None when nothing is."""
     if reply.error is not None:
-        return f"{reply.error.status}: {reply.error.message}"
-    failed = [(i, result) for i, result in enumerate(reply.results) if result.failed]
-    return "" if not failed else f"row {failed[0][0]}: {failed[0][1].message}"
+        return reply.error
+    return next((result for result in reply.results if result.failed), None)
+
+
+def _told(failed: RowResult | None) -> str:
+    """A failure in a few words, with the line of the user's file; empty for none."""
+    if failed is None:
+        return ""
+    place = where_it_failed(failed.detail)
+    return failed.message + (f" at {place}" if place else "")
+
+
+def _import_fix(what: str) -> str:
+    if "ModuleNotFoundError" in what or "ImportError" in what:
+        return "install what is missing into this Python environment, or correct the import"
+    return "make the file importable on its own: `python FILE` must end without an error"
+
+
+def _scored_line(row: tuple[float | None, str, str]) -> str:
+    reward, answer, completion = row
+    shown = "None" if reward is None else f"{reward:g}"
+    return f"  {shown:>8}  {one_line(answer, limit=12):<12}  {one_line(completion, limit=60)}"
 
 
 def _samples(
@@ -228,6 +282,10 @@ def _as_chat(request: Request) -> Request:
     completions = [[{"role": "assistant", "content": text}] for text in request.columns["completions"]]
     columns = request.columns | {"prompts": prompts, "completions": completions}
     return replace(request, columns=columns)
+
+
+def _text(completion: Any) -> str:
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 def _with_completion(request: Request, text: str) -> Request:

@@ -1,6 +1,5 @@
 """Turn what a config or a script calls a reward into a `RewardFunction` that the guard can run."""
 
-import ast
 import difflib
 import importlib.util
 import sys
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlalign.config import ConfigError
 from rlalign.llm.config import RewardConfig
+from rlalign.llm.reward_source import functions_in, module_file, names_in
 from rlalign.training.reward_function import RewardFunction
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def resolve_reward(
         if not callable(reward):
             raise ConfigError(f"`{key}` must be a function or its name, got {type(reward).__name__} {reward!r}.")
         return RewardFunction(name=_callable_name(reward), call=reward, weight=weight, arguments=bound)
+    if reward.endswith(".py"):
+        raise _without_function(reward, key)
     place, _, name = reward.rpartition(":")
     if place == "reasoning_gym":
         return _reasoning_gym(name, weight, bound, key)
@@ -119,7 +121,8 @@ def probe_reward(
     """Try a reward on samples in a few seconds; `print` what comes back, or ask its `ok`. See `reward_probe`."""
     from rlalign.llm.reward_probe import probe
 
-    return probe(resolve_reward(reward, arguments=arguments, key="reward"), rows=rows, timeout_s=timeout_s)
+    function = resolve_reward(reward, arguments=arguments, key="reward")
+    return probe(function, rows=rows, timeout_s=timeout_s, written=reward if isinstance(reward, str) else None)
 
 
 def _callable_name(function: Callable[..., Any]) -> str:
@@ -134,27 +137,35 @@ def _file(path: Path, name: str, key: str) -> str:
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=3)
         raise ConfigError(f"`{key}`: there is no file {path.absolute()}.{_did_you_mean(near)}")
-    try:
-        tree = ast.parse(path.read_bytes(), filename=str(path))
-    except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"`{key}`: {path} is not valid Python: {error}.") from None
-    names = [bound for node in tree.body for bound in _names_bound_by(node)]
-    if name not in names and "*" not in names:
-        near = difflib.get_close_matches(name, names, n=3) or sorted(set(names))[:5]
-        raise ConfigError(f"`{key}`: {path} defines no {name!r}.{_did_you_mean(near)}")
+    _require_name(path, name, key)
     return f"{path.resolve()}:{name}"
 
 
-def _names_bound_by(node: ast.stmt) -> list[str]:
-    match node:
-        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-            return [node.name]
-        case ast.Import() | ast.ImportFrom():
-            return [alias.asname or alias.name.partition(".")[0] for alias in node.names]
-        case _:
-            return [
-                part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
-            ]
+def _require_name(path: Path, name: str, key: str) -> None:
+    try:
+        names = names_in(path)
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"`{key}`: {path} is not valid Python: {error}.") from None
+    if name in names or {"*", "__getattr__"} & set(names):
+        return
+    near = difflib.get_close_matches(name, names, n=3)
+    there = f" It defines {', '.join(functions_in(path)[:8]) or 'no functions'}." if not near else ""
+    raise ConfigError(f"`{key}`: {path} defines no {name!r}.{_did_you_mean(near)}{there}")
+
+
+def _without_function(reward: str, key: str) -> ConfigError:
+    path = Path(reward).expanduser()
+    if not path.is_file():
+        return ConfigError(f"`{key}`={reward} names no function, and there is no such file. Write file.py:function.")
+    try:
+        defined = functions_in(path)
+    except (SyntaxError, ValueError) as error:
+        return ConfigError(f"`{key}`: {path} is not valid Python: {error}.")
+    if not defined:
+        return ConfigError(f"`{key}`={reward} names no function, and the file defines none at its top level.")
+    return ConfigError(
+        f"`{key}`={reward} names no function; it defines {', '.join(defined)}. Write {reward}:{defined[0]}"
+    )
 
 
 def _module(module: str, name: str, key: str) -> str:
@@ -169,6 +180,9 @@ def _module(module: str, name: str, key: str) -> str:
             f"`{key}`={module}:{name} names no importable module. Is it installed for {sys.executable}, or do you mean "
             f"a file: `{module.replace('.', '/')}.py:{name}`?"
         )
+    source = module_file(module)
+    if source is not None:
+        _require_name(source, name, key)
     return f"{module}:{name}"
 
 

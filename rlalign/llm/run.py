@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlalign import config as config_files
-from rlalign.config import ConfigError
+from rlalign.llm.check import check, refuse, require
 from rlalign.llm.config import PolicyGradientConfig
-from rlalign.llm.consistency import check_consistency
+
+__all__ = ["check", "evaluate", "sample", "train"]
 
 if TYPE_CHECKING:
     from rlalign.llm.trainer import PolicyGradientTrainer
@@ -18,6 +19,8 @@ def train(config: PolicyGradientConfig, *, run_dir: Path, config_text: str, resu
     if resume and _finished(run_dir):
         print(f"{run_dir} is finished. To train longer, start a run with a larger `total_steps`.")
         return
+    if not resume:
+        refuse(config)  # before torch is imported, which takes longer than all of it
     _trainer(config, run_dir=run_dir, config_text=config_text).fit(resume=resume)
 
 
@@ -65,56 +68,6 @@ def sample(run_dir: Path, prompt: str | None, *, count: int = 1) -> list[str]:
     return [f"{_as_text(asked)}\n-> {text}" for asked, text in zip(prompts, texts, strict=True)]
 
 
-def check(config: PolicyGradientConfig) -> list[str]:
-    """Look for contradictions, missing parts and unusable data without torch or a model, in seconds; return notes.
-
-    Data is read and linted, unless it would come from the Hub: that is left to training.
-
-    Raises:
-        ConfigError: What training would stop at.
-    """
-    _require(config)
-    return [*check_consistency(config), *_reward_notes(config), *_data_notes(config)]
-
-
-def _reward_notes(config: PolicyGradientConfig) -> list[str]:
-    from rlalign.llm.rewards import resolve_rewards
-
-    asked = {"rewards": config.rewards, "eval.metrics": config.eval.metrics}
-    asked |= {f"eval.baselines.{n}.metrics": baseline.metrics for n, baseline in enumerate(config.eval.baselines)}
-    found = {key: resolve_rewards(rewards, key=key) for key, rewards in asked.items() if rewards}
-    return [
-        f"`{key}`: {', '.join(f'{function.name} (weight {function.weight:g})' for function in functions)}"
-        for key, functions in found.items()
-    ]
-
-
-def _data_notes(config: PolicyGradientConfig) -> list[str]:
-    from rlalign.llm.data import is_local, load_prompts
-    from rlalign.llm.data_lint import check_prompts
-
-    data = config.data
-    assert data is not None
-    wording = {"template": data.template, "system_prompt": data.system_prompt}
-    asked = {"data.train": (data.train, wording)} | ({"data.eval": (data.eval, wording)} if data.eval else {})
-    asked |= {f"eval.baselines.{n}.data": (baseline.data, {}) for n, baseline in enumerate(config.eval.baselines)}
-    read = {
-        name: load_prompts(source, name=name, **words)
-        for name, (source, words) in asked.items()
-        if is_local(source.source)
-    }
-    notes = [
-        f"`{name}`: {source.source} is not read here; training loads it"
-        for name, (source, _) in asked.items()
-        if name not in read
-    ]
-    for name, prompts in read.items():
-        columns = ", ".join(prompts.reward_columns) or "no columns"
-        notes.append(f"`{name}`: {len(prompts)} prompts; the rewards get {columns}")
-        notes += check_prompts(prompts, held_out=read.get("data.eval") if name == "data.train" else None)
-    return notes
-
-
 def _trainer(config: PolicyGradientConfig, *, run_dir: Path, config_text: str) -> "PolicyGradientTrainer":
     from transformers.utils import logging as transformers_logging
 
@@ -123,7 +76,7 @@ def _trainer(config: PolicyGradientConfig, *, run_dir: Path, config_text: str) -
     # Its bars for reading and writing weights would tear the live board.
     transformers_logging.disable_progress_bar()
 
-    _require(config)
+    require(config)
     assert config.model is not None
     assert config.data is not None
     return PolicyGradientTrainer(
@@ -144,15 +97,6 @@ def _restored(run_dir: Path, checkpoint: Path | None) -> "PolicyGradientTrainer"
     trainer = _trainer(config, run_dir=run_dir, config_text="")
     trainer.load_state_dict(Checkpoints(run_dir / "checkpoints").load(checkpoint).state)
     return trainer
-
-
-def _require(config: PolicyGradientConfig) -> None:
-    missing = [f"`{name}`" for name in ("model", "data", "rewards") if not vars(config)[name]]
-    if missing:
-        raise ConfigError(
-            f"{', '.join(missing)} must be set in the config. A run that was started from Python is continued by its "
-            "own script: trainer.fit(resume=True)."
-        )
 
 
 def _finished(run_dir: Path) -> bool:

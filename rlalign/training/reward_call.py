@@ -25,6 +25,7 @@ class RewardLoadError(RewardError):
     """The function cannot be imported, so no row can be scored."""
 
     def __init__(self, function: RewardFunction, what: str, detail: str = "") -> None:
+        self.what, self.detail = what, detail
         place = function.import_path or repr(function.call)
         tail = f"\n{detail.strip()}" if detail.strip() else ""
         super().__init__(f"reward '{function.name}' ({place}) {what}. Try `rlalign check {place}`.{tail}")

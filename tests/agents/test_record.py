@@ -112,7 +112,6 @@ def test_an_earlier_checkpoint_acts_as_medium(tmp_path, monkeypatch):
     ("source", "kind", "more", "message"),
     [
         ("CartPole-v1", "expert", {}, "neither a run nor a saved agent"),
-        ("CartPole-v1", "clever", {}, "random, medium, mixed, expert"),
         ("CartPole-v1", "random", {"episodes": 0}, "at least 1"),
         ("NoSuch-v0", "random", {}, "NoSuch"),
     ],
@@ -161,3 +160,5 @@ def test_the_command_writes_minari_too(tmp_path, monkeypatch):
 def test_the_command_needs_a_target_and_a_source(tmp_path):
     assert collect("CartPole-v1", "--kind", "random").exit_code == 2
     assert collect(tmp_path / "nothing", "--out", tmp_path / "x.npz").exit_code == 2
+    unknown = collect("CartPole-v1", "--kind", "clever", "--out", tmp_path / "x.npz")
+    assert unknown.exit_code == 2
