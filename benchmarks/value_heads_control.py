@@ -144,14 +144,14 @@ def draw(cells: Cells, summary: dict[str, Any], path: Path) -> None:
             runs = [run["curve"] for run in cells.where(noise=float(noise), head=head)]
             points = list(zip(*runs, strict=False))
             found = [over_seeds([point["length"] for point in column]) for column in points]
-            steps = [column[0]["step"] for column in points]
+            steps = [column[0]["step"] / 1000 for column in points]
             axis.plot(steps, [f["iqm"] for f in found], color=COLOURS[head], label=head)
             if len(runs) > 1:
                 axis.fill_between(
                     steps, [f["low"] for f in found], [f["high"] for f in found], color=COLOURS[head], alpha=0.2, lw=0
                 )
         axis.set_title(f"reward 1 + {noise} U(0, 1)" if float(noise) else "reward 1", fontsize="medium")
-        axis.set_xlabel("environment steps")
+        axis.set_xlabel("environment steps / 1000")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("length of the last 100 episodes")
     axes[0][0].legend(frameon=False)

@@ -166,6 +166,16 @@ def test_wrong_usage_exits_2(arguments: list[str]):
     assert "Error" in err
 
 
+@pytest.mark.parametrize("written", [["--ending=fine"], ["--ending", "fine"]])
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_a_setting_written_as_an_option_is_put_right(command: str, written: list[str]):
+    code, _, err = rlalign_command(command, "toy.yaml", *written)
+    assert (code, err) == (
+        2,
+        "Error: there is no option --ending. A setting is written without dashes: ending=fine\n",
+    )
+
+
 # --- config mistakes -----------------------------------------------------------------------------------------------
 
 
@@ -371,6 +381,9 @@ def test_check_reward_prints_what_was_tried():
     assert missing.returncode == 2
     assert "score" in missing.stderr
     assert own_process("check", "good.py:score", "seed=1").returncode == 2
+    nameless = own_process("check", "good.py")
+    assert nameless.returncode == 2
+    assert "it defines score. Write good.py:score" in nameless.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Config: numbers are numbers, every mistake is named with its line, overrides and round trips are exact."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
-from rlalign import config
+from rlalign import config, config_papers
 from rlalign.config import ConfigError
 from rlalign.yaml_strict import MAX_BYTES, parse
 
@@ -268,15 +269,40 @@ def test_all_mistakes_come_at_once_in_the_order_of_the_file(load: Callable[..., 
 @pytest.mark.parametrize(
     ("text", "start", "end"),
     [
-        ("seed: 1\n", "x.yaml:1: `method` is missing; it is one of ", "car"),
-        ("seed: 1\nmethod: bnop\n", "x.yaml:2: `method` must be one of ", "car, got 'bnop'; did you mean 'bnpo'?"),
-        ("method: 3\n", "x.yaml:1: `method` must be one of ", "car, got 3"),
+        ("seed: 1\n", "x.yaml:1: `method` is missing; it is one of ", ""),
+        ("seed: 1\nmethod: bnop\n", "x.yaml:2: `method` must be one of ", ", got 'bnop'; did you mean 'bnpo'?"),
+        (
+            "method: grpo\n",
+            "x.yaml:1: `method` must be one of ",
+            ", got 'grpo'. GRPO is `method: policy_gradient` with `advantage.type: group_relative`; preset "
+            "`grpo_arithmetic`",
+        ),
+        ("method: 3\n", "x.yaml:1: `method` must be one of ", ", got 3"),
     ],
 )
 def test_method_chooses_the_config_class(load: Callable[..., Car], text: str, start: str, end: str):
     with pytest.raises(ConfigError) as caught:
         load(text)
-    assert sentences(caught.value) == [f"{start}bnpo, policy_gradient, {end}"]
+    assert sentences(caught.value) == [f"{start}{', '.join(config.METHODS)}{end}"]
+
+
+@pytest.mark.parametrize(
+    "name", ["Dr. GRPO", "DAPO", "REINFORCE++", "reinforce_plus_plus", "o-dice", "MaxRL", "TD3+BC"]
+)
+def test_methods_by_their_papers_names_lead_to_a_preset_that_exists(name: str):
+    hint = config_papers.by_paper(name)
+    assert hint is not None
+    assert hint.rpartition("preset ")[2].strip("`") in config.presets()
+
+
+def test_every_paper_is_set_up_by_settings_that_its_preset_has():
+    for paper, (words, preset) in config_papers._PAPERS.items():
+        loaded = config.dump(config.load(preset))
+        for setting, value in re.findall(r"`([\w.]+): ([\w.]+)`", words):
+            held = loaded
+            for key in setting.split("."):
+                held = held[key]
+            assert str(held).lower() == value, (paper, setting)
 
 
 def test_a_section_given_in_part_keeps_the_methods_default_for_the_rest(load: Callable[..., Car]):
@@ -435,8 +461,8 @@ def test_configs_beside_an_installed_package_are_not_ours(tmp_path: Path, monkey
         ("grpo_sum", "neither a file nor a preset", "Did you mean the preset `grpo_sums`?"),
         ("here/grpo_sums.yaml", "no such file", "Did you mean the preset `grpo_sums`?"),
         ("../presets/llm/bnpo", "neither a file nor a preset", "Did you mean the preset `llm/bnpo`?"),
-        ("zzz", "neither a file nor a preset", "Presets: llm/bnpo, grpo_sums, smoke/bnpo."),
-        ("z" * 300, "neither a file nor a preset", "Presets: llm/bnpo, grpo_sums, smoke/bnpo."),
+        ("zzz", "neither a file nor a preset", "`rlalign list` names the presets."),
+        ("z" * 300, "neither a file nor a preset", "`rlalign list` names the presets."),
     ],
 )
 def test_a_missing_file_or_preset_names_the_nearest(installed: Path, source: str, what: str, hint: str):

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.exc import InvalidCxxCompiler
 from torch.func import functional_call, grad
 
 from rlalign.config import ConfigError
@@ -17,9 +18,8 @@ Loss = Callable[[Any, Mapping[str, Tensor]], tuple[Tensor, tuple[Tensor, ...]]]
 class CompiledGradient:
     """Writes the gradient of `loss(networks(minibatch), minibatch)` into the flat buffer's gradient.
 
-    For small networks PyTorch spends most of a step on the way to its kernels; a compiled step goes there once. It is
-    the same loss, and the same gradient up to rounding. The first call compiles; later ones must have minibatches of the
-    same shapes.
+    For small networks PyTorch spends most of a step on the way to its kernels; a compiled step goes there once. Loss
+    and gradient are the same up to rounding. The first call compiles; later ones must bring the same shapes.
 
     Raises:
         ConfigError: There is no C++ compiler, at the first call.
@@ -40,7 +40,7 @@ class CompiledGradient:
     def __call__(self, minibatch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         try:
             gradient, scored = self.gradient(self.flat.parameter.detach(), minibatch)
-        except torch._inductor.exc.InvalidCxxCompiler as error:
+        except InvalidCxxCompiler as error:
             raise ConfigError(
                 "`compile: true` needs a C++ compiler (g++ or clang++); install one, or set it to false."
             ) from error

@@ -29,7 +29,8 @@ def _check_on_policy(config: OnPolicyConfig) -> None:
     if not isinstance(config.advantage, GAE):
         raise ConfigError(
             f"`advantage.type`={config.advantage.type} compares whole episodes from equal starts; "
-            f"{type(config).__name__} has a critic and needs `gae`. For group estimators use `method: policy_gradient_agent`."
+            f"{type(config).__name__} has a critic and needs `gae`. Group estimators belong to "
+            "`method: policy_gradient_agent`."
         )
     if isinstance(config.value_head, C51):
         raise ConfigError(

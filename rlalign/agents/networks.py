@@ -1,6 +1,7 @@
 """Policy and critic networks over any observation space, with the action distribution and the value head on top."""
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from rlalign.nn.nap import to_normalized
 from rlalign.nn.policies import ActionDistribution
 from rlalign.nn.value_heads import ValueHead
 
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 VECTOR = "vector"
 """Name of everything in an observation that is not an image, side by side."""
 
@@ -79,7 +81,7 @@ def prepare(parts: ObservationParts, observation: Mapping[str, Tensor]) -> dict[
     return vector | {name: observation[name] for name in parts.images}
 
 
-def normalized(module: nn.Module, cfg: NormalizeAndProject | None) -> nn.Module:
+def normalized(module: AnyModule, cfg: NormalizeAndProject | None) -> AnyModule:
     """Put Normalize-and-Project's norms into a network, where the config asks for it."""
     return module if cfg is None else to_normalized(module, tensors=cfg.tensors)
 

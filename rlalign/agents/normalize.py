@@ -22,7 +22,7 @@ class ObservationNormalizer:
     def __init__(self, parts: ObservationParts, cfg: NormalizeConfig):
         self.clip = cfg.clip
         numbers = {name: space for name, space in parts.spaces.items() if is_number(space)}
-        self.moments = {name: RunningMoments(space.shape) for name, space in numbers.items() if cfg.observations}
+        self.moments = {name: RunningMoments(space.shape or ()) for name, space in numbers.items() if cfg.observations}
 
     def apply(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {

@@ -52,9 +52,8 @@ class OfflineAgent(Agent):
         self.actions = ActionInterface(self.spaces[1], squash=cfg.network.squash, log_std=cfg.network.log_std)
         self.observations = ObservationNormalizer(self.parts, NormalizeConfig(observations=cfg.normalize_observations))
         self.noise = generator(cfg.seed, "weights")
-        self.learner: Any = self.learner_class(  # type: ignore[call-arg]  # each takes its own config
-            cfg, self.parts.vector_size, self.actions.distribution, self.noise
-        )
+        make: Any = self.learner_class  # each takes its own config
+        self.learner = make(cfg, self.parts.vector_size, self.actions.distribution, self.noise)
         self.learner.modules.to(cfg.device)
         self.buffer = TransitionBuffer(None if self.data is None else self._prepared_data(self.data))
 

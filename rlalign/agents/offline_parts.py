@@ -111,7 +111,8 @@ class SlowCopy:
     """
 
     def __init__(self, target: nn.Module, source: nn.Module):
-        self.target, self.source = list(target.parameters()), list(source.parameters())
+        self.target: list[Tensor] = list(target.parameters())
+        self.source: list[Tensor] = list(source.parameters())
 
     @torch.no_grad()
     def follow(self, *, tau: float) -> None:

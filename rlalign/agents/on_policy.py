@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlalign.advantages import build_estimator
+from rlalign.advantages.config import GAE
 from rlalign.agents.actor_critic import ActorCritic
 from rlalign.agents.agent import Agent
 from rlalign.agents.collect import Collector
@@ -28,6 +29,7 @@ class OnPolicyAgent(Agent):
         cfg = self.config
         check_consistency(cfg)
         assert self.environments is not None
+        assert isinstance(cfg.advantage, GAE)
         self.model = ActorCritic(self.environments, cfg, gamma=cfg.advantage.gamma)
         self.collector = Collector(
             self.environments, self.model.parts, self.model.actions, seed=cfg.seed, device=cfg.device

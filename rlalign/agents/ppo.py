@@ -1,13 +1,12 @@
 """Proximal policy optimization."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from rlalign.agents.agent import Metrics
-from rlalign.agents.compiled import CompiledGradient
 from rlalign.agents.config import PPOConfig
 from rlalign.agents.on_policy import OnPolicyAgent, normalized
 from rlalign.agents.on_policy_metrics import UpdateMetrics, rollout_metrics
@@ -35,7 +34,7 @@ class PPO(OnPolicyAgent):
         super().build()
         cfg = self.config
         self.optimizer = AgentOptimizer(self.model.networks, cfg.optim, nap=cfg.normalize_and_project)
-        self.compiled = CompiledGradient(self.model.networks, self.loss, self.optimizer.flat) if cfg.compile else None
+        self.compiled = self._compiled() if cfg.compile else None
         self.measures = UpdateMetrics(cfg)
 
     def iterate(self) -> Metrics:
@@ -94,6 +93,11 @@ class PPO(OnPolicyAgent):
             objective = objective - cfg.entropy_coef * distribution.entropy(params)
         # Every decision here is real, so this mean is the `token` aggregation.
         return (objective * minibatch["weights"]).mean(), (log_ratio, advantages, value_error, params)
+
+    def _compiled(self) -> Callable[[dict[str, Tensor]], tuple[Tensor, ...]]:
+        from rlalign.agents.compiled import CompiledGradient  # seconds of import that only this needs
+
+        return CompiledGradient(self.model.networks, self.loss, self.optimizer.flat)
 
     def optimizers(self) -> dict[str, Any]:
         return {"all": self.optimizer}

@@ -22,7 +22,7 @@ UNCLIPPED = {"clip_low": 1.0, "clip_high": float("inf")}
 
 
 class TRPO(OnPolicyAgent):
-    """A natural-gradient step of bounded KL per rollout, then the critic's fit (Schulman et al. 2015, arXiv:1502.05477).
+    """A natural-gradient step of bounded KL per rollout, then the critic's fit (Schulman 2015, arXiv:1502.05477).
 
     Example:
         ```python

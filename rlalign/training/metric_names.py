@@ -64,6 +64,9 @@ _KNOWN = {
     "bnpo/alpha": Metric(title="Normalising Beta: alpha"),
     "bnpo/beta": Metric(title="Normalising Beta: beta"),
     "bnpo/weight_max": Metric(title="Largest group weight", from_zero=True),
+    "bnpo/weight_capped_frac": Metric(title="Group weights at the cap", share=True, from_zero=True),
+    "bnpo/fit_fallback": Metric(title="Beta fit fell back", from_zero=True),
+    "reward/constant_group_frac": Metric(title="Groups with equal rewards", share=True, from_zero=True),
     "bnpo/adv_rms": Metric(title="Advantage size after weighting", from_zero=True),
     "policy/sampling_gap_nats": Metric(
         title="Gap to the sampler", unit="nats", from_zero=True, note="Sampling against training log-probabilities."

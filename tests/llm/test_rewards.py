@@ -14,6 +14,7 @@ import torch
 from rlalign.config import ConfigError
 from rlalign.llm.config import RewardConfig
 from rlalign.llm.reward_adapters import ReasoningGymReward, TRLReward, extract_answer, is_more_than_an_expression
+from rlalign.llm.reward_source import required_parameters
 from rlalign.llm.rewards import distinct, probe_reward, resolve_reward, resolve_rewards
 from rlalign.training.guard import RewardError, RewardFunction, RewardGuard
 
@@ -293,7 +294,9 @@ def test_probe_of_a_good_reward():
     report = probe_reward(f"{SAMPLES}:matches")
     assert report.ok
     assert set(verdicts(report).values()) == {"pass", "note"}
-    assert str(report).endswith("ready to train with")
+    text = str(report)
+    assert text.endswith(f"ready to train with\nin a config:\nrewards:\n  - function: {SAMPLES}:matches")
+    assert re.search(r"\n +reward  answer +completion\n +1  4 +4\n +0  4 +The answer is", text)
     assert re.search(r"pass  import +in a process of its own, in \d\.\d\d s\n", str(report))
     assert re.search(r"note  columns +the data set must have: answer", str(report))
     assert re.search(r"pass  signal +rewards of the samples: 1, 0, 0, 0, 0", str(report))
@@ -332,7 +335,9 @@ def test_probe_fails_with_a_fix(tmp_path):
     fragile = probe_reward(f"{path}:fragile")
     assert not fragile.ok
     assert verdicts(fragile)["empty"] == "FAIL"
-    assert "fix: return 0 (or None) for what it cannot judge" in str(fragile)
+    (empty,) = [found for found in fragile.probes if found.name == "empty"]
+    assert empty.detail == "it raised AttributeError: 'NoneType' object has no attribute 'end' at r.py:4"
+    assert empty.fix.startswith("correct that line; for a completion that it cannot judge")
     assert "probes failed" in str(fragile)
     assert verdicts(probe_reward(f"{path}:stateful"))["repeatable"] == "FAIL"
     hangs = probe_reward(f"{path}:hangs", timeout_s=0.5)
@@ -342,7 +347,8 @@ def test_probe_fails_with_a_fix(tmp_path):
     assert "chat messages only" in str(chat)
     nan = probe_reward(f"{path}:nan")
     assert [p.status for p in nan.probes] == ["pass", "FAIL"]
-    assert "row 0: returned nan" in str(nan)
+    assert "it returned nan" in str(nan)
+    assert "fix: return None where the reward is undefined" in str(nan)
     assert verdicts(probe_reward(f"{path}:alone"))["order"] == "note"
 
 
@@ -351,10 +357,67 @@ def test_probe_of_what_cannot_be_imported_and_of_a_closure(tmp_path):
     path.write_text("import nothing_like_this\ndef f(completions): return [0.0]\n")
     report = probe_reward(f"{path}:f")
     assert not report.ok
-    assert "No module named 'nothing_like_this'" in str(report)
+    (told,) = report.probes
+    assert told.detail.startswith("raised ModuleNotFoundError: No module named 'nothing_like_this'")
+    assert told.detail.endswith("at r.py:1")
+    assert told.fix == "install what is missing into this Python environment, or correct the import"
     closure = probe_reward(lambda completions: [float(len(text)) for text in completions])
     assert closure.ok
     assert "runs inside the trainer: a crash would end the run" in str(closure)
+
+
+def test_a_failure_is_told_once_with_its_line_and_its_fix(tmp_path):
+    path = tmp_path / "r.py"
+    path.write_text(
+        "def deep(text):\n    return text['no such key']\n"
+        "def raises(completions):\n    return [{}['gold'] for text in completions]\n"
+        "def differs(completions):\n"
+        "    return [deep({}) if isinstance(text, list) else text for text in completions]\n"
+    )
+    (failed,) = [found for found in probe_reward(f"{path}:raises").probes if found.status == "FAIL"]
+    assert failed.detail == "it raised KeyError: 'gold' (a column or key that the data lacks?) at r.py:4"
+    (failed,) = [found for found in probe_reward(f"{path}:differs").probes if found.status == "FAIL"]
+    assert failed.detail.startswith("it returned str '4'")
+    assert failed.detail.endswith("at r.py:2")  # the line inside the helper
+    assert "; with chat messages it raised KeyError: 'no such key'" in failed.detail
+
+
+def test_a_file_without_a_function_is_answered_with_its_functions(tmp_path):
+    path = tmp_path / "r.py"
+    path.write_text("def _own(): pass\ndef close(completions): pass\nif True:\n    def far(completions): pass\n")
+    with pytest.raises(ConfigError, match=r"names no function; it defines close. Write .*r\.py:close"):
+        resolve_reward(str(path))
+    with pytest.raises(ConfigError, match="no such file"):
+        resolve_reward(str(tmp_path / "gone.py"))
+    assert resolve_reward(f"{path}:far").name == "far"
+    path.write_text("x = 1\n")
+    with pytest.raises(ConfigError, match="the file defines none"):
+        resolve_reward(str(path))
+
+
+def test_a_module_is_searched_for_the_function(tmp_path, monkeypatch):
+    (tmp_path / "module_of_rewards.py").write_text("def close(completions): pass\n")
+    (tmp_path / "lazy_rewards.py").write_text("def __getattr__(name): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"defines no 'closed'. Did you mean close\?"):
+        resolve_reward("module_of_rewards:closed")
+    assert resolve_reward("module_of_rewards:close").import_path == "module_of_rewards:close"
+    assert resolve_reward("lazy_rewards:anything").name == "anything"
+
+
+def test_required_parameters_are_read_off_the_source(tmp_path):
+    path = tmp_path / "r.py"
+    path.write_text(
+        "import functools\n"
+        "def plain(completions, answer, scale=1.0, *, hint, loud=False, **columns): pass\n"
+        "@functools.cache\ndef hidden(completions, answer): pass\n"
+        "class Made:\n    def __init__(self, size): pass\n    def __call__(self, completions, gold): pass\n"
+    )
+    assert required_parameters(resolve_reward(f"{path}:plain")) == ["completions", "answer", "hint"]
+    bound = resolve_reward(f"{path}:plain", arguments={"hint": 1})
+    assert required_parameters(bound) == ["completions", "answer"]
+    assert required_parameters(resolve_reward(f"{path}:hidden")) == []
+    assert required_parameters(resolve_reward(f"{path}:Made", arguments={"size": 2})) == ["completions", "gold"]
 
 
 def test_probe_with_rows_of_the_data():

@@ -169,7 +169,7 @@ def test_mistakes_exit_2_with_a_sentence(workshop, finished, arguments, message)
     assert done.code == 2, done.err
     assert message in done.err
     assert "Traceback" not in done.err
-    assert not (workshop / "refused/config.resolved.json").exists()
+    assert not (workshop / "refused").exists()
 
 
 def test_a_locked_run_is_named_with_its_owner(workshop, finished):

@@ -16,7 +16,19 @@ from rlalign.llm.run import check
 ROOT = Path(__file__).parents[2]
 REWARDS = """
 def exact(completions, answer, **columns):
-    raise RuntimeError("a check calls no reward")
+    return [float(text == gold) for text, gold in zip(completions, answer)]
+
+def graded(completions, solution):
+    return [1.0 for _ in completions]
+
+def marks(completions, **columns):
+    return [10.0 if text.isdigit() else 0.0 for text in completions]
+
+def breaks(completions, **columns):
+    return [{}["gold"] for _ in completions]
+
+def picky(completions, **columns):
+    return [float(int(text)) / 100 for text in completions]
 
 def short(completions, **columns):
     return [0.0 for _ in completions]
@@ -33,9 +45,12 @@ YAML: dict[str, Any] = {
     "model": {"name": "a/model-that-nobody-loads"},
     "data": {"train": {"source": "train.jsonl"}},
     "rewards": [{"function": "rewards.py:exact"}],
-    "rollout": {"prompts_per_step": 2, "group_size": 2},
+    "rollout": {"prompts_per_step": 2, "group_size": 2, "max_completion_tokens": 9},
     "total_steps": 20,
 }
+
+
+HELD_OUT = {"data": {"train": {"source": "train.jsonl"}, "eval": {"source": "train.jsonl"}}}
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +110,32 @@ def test_what_is_on_the_hub_is_left_to_training():
     assert "`data.train`: someone/some-dataset is not read here; training loads it" in found
 
 
+def test_rewards_are_tried_on_answers_of_the_data():
+    assert "rewards of sample completions: 1 for '2', 1 for '3', 0 for 'I do not know.'" in notes()
+    found = notes(rewards=[{"function": "rewards.py:picky"}])
+    assert "rewards of sample completions: 0.02 for '2', 0.03 for '3', None for 'I do not know.'" in found
+    (told,) = [note for note in found if "ValueError" in note]
+    assert told.startswith("`rewards.0.function`: on 'I do not know.' it raised ValueError: invalid literal")
+    assert told.endswith("at rewards.py:15")
+
+
+def test_a_weight_can_bring_the_reward_back_into_the_range():
+    assert "rewards of sample completions: 1 for '2', 1 for '3', 0 for 'I do not know.'" in notes(
+        rewards=[{"function": "rewards.py:marks", "weight": 0.1}]
+    )
+
+
+def test_sizes_for_gpus_are_noticed_on_a_cpu():
+    limit = "a completion ends after 9 tokens at the latest (`rollout.max_completion_tokens`)"
+    small = notes(model={"name": "a/model", "device": "cpu"})
+    assert limit in small
+    assert not [note for note in small if "sized for GPUs" in note]
+    sizes = {"prompts_per_step": 32, "group_size": 16, "max_completion_tokens": 3072}
+    (told,) = [note for note in notes(rollout=sizes, model={"name": "a/model", "device": "cpu"}) if "GPUs" in note]
+    assert told.startswith("up to 1,572,864 tokens a step: this is sized for GPUs")
+    assert not [note for note in notes(rollout=sizes, model={"name": "a/m", "device": "cuda"}) if "GPUs" in note]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -113,10 +154,31 @@ def test_what_is_on_the_hub_is_left_to_training():
             r"`eval.baselines.0.data.source`: there is no file",
         ),
         ({"rewards": []}, "`rewards` must be set"),
+        ({"model": {"name": "smolm2-135m"}}, "did you mean `smollm2-135m`"),
+        ({"model": {"name": "./nowhere"}}, "`model.name`: there is no checkpoint directory"),
+        ({"model": {"name": "gone.gguf"}}, r"`model.name`: there is no file .*gone\.gguf"),
+        (
+            {"rewards": [{"function": "rewards.py:graded"}]},
+            "`rewards.0.function` with `data.train`: reward 'graded' asks for `solution`, but the rows have only",
+        ),
+        (
+            {"eval": {"metrics": [{"function": "rewards.py:graded"}]}} | HELD_OUT,
+            "`eval.metrics.0.function` with `data.eval`",
+        ),
+        ({"data": train_on("gap.jsonl")}, "`data.train`: row 3 of gap.jsonl has no prompt$"),
+        (
+            {"rewards": [{"function": "rewards.py:breaks"}]},
+            r"fails on every sample completion: it raised KeyError: 'gold' .* at rewards\.py:12",
+        ),
+        (
+            {"rewards": [{"function": "rewards.py:marks"}]},
+            r"completion '2' is rewarded with 10, .*`advantage: beta_normalized` takes rewards in \[0, 1\]",
+        ),
     ],
 )
 def test_what_training_would_stop_at_is_found(changes, message):
     Path("bad.jsonl").write_text('{"prompt": "1"}\n{"prompt": \n')
+    write("gap.jsonl", [{"prompt": "1"}, {"prompt": "2"}, {"answer": "3"}])
     write("empty.jsonl", [{"prompt": "1 + 1 ="}, {"prompt": "  "}])
     with pytest.raises(ConfigError, match=message):
         notes(**changes)
@@ -136,3 +198,20 @@ def test_the_command_needs_no_torch_and_no_model(folder: Path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("run.yaml: ok (method bnpo)\n")
     assert "  `data.train`: 2 prompts; the rewards get answer\n" in done.stdout
+
+
+def test_training_refuses_before_torch_and_before_there_is_a_directory(folder: Path):
+    Path("run.yaml").write_text(json.dumps(YAML | {"model": {"name": "smolm2-135m"}}))
+    code = (
+        "import sys\n"
+        "from rlalign.cli import app\n"
+        "try:\n"
+        "    app(['train', 'run.yaml'])\n"
+        "finally:\n"
+        "    assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "did you mean `smollm2-135m`?" in done.stderr
+    assert not (folder / "runs").exists()

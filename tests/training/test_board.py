@@ -98,6 +98,34 @@ def test_panel_shows_numbers_sample_sparkline_and_time_split():
     assert "a note that stays" in out
 
 
+def test_what_goes_on_before_the_first_step_is_said(capsys):
+    console = _console()
+    out = _live(console, lambda b: b.doing("measuring the untouched model: phrasing 1 of 3"), lambda b: b.step(1, STEP))
+    panels = out.split("╭")
+    assert "waiting for the first step" in panels[1]
+    assert "phrasing 1 of 3" in panels[2]
+    assert "phrasing 1 of 3" not in panels[3]
+    with Board(3, "demo", enabled=False) as board:
+        board.doing("measuring")
+    assert capsys.readouterr().out == "measuring\n"
+
+
+def test_a_closed_board_is_followed_by_plain_lines():
+    console = _console()
+    with Board(3, "demo", console=console, enabled=True) as board:
+        board.step(3, STEP)
+        board.close()
+        before = len(console.file.getvalue())
+        board.note("Report: here")
+    assert console.file.getvalue()[before:] == "Report: here\n"
+
+
+def test_a_baseline_is_called_by_what_it_is(capsys):
+    with Board(3, "demo", enabled=False) as board:
+        board.evaluation(0, {"eval/reward_mean": 0.25, "eval/best_baseline_mean": 0.125})
+    assert "reward 0.250  best other phrasing 0.125" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_missing_and_strange_values_never_stop_a_run(enabled):
     strange = {

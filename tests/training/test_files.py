@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from rlalign.training.files import file_sha256, process_is_alive, write_atomic
+from rlalign.training.files import file_sha256, process_is_alive, share_as_umask_says, write_atomic
 
 
 def test_write_atomic_replaces_whole_files(tmp_path) -> None:
@@ -17,6 +17,20 @@ def test_write_atomic_replaces_whole_files(tmp_path) -> None:
     write_atomic(path, b"new")
     assert path.read_bytes() == b"new"
     assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_saved_weights_get_the_mode_of_any_new_file(tmp_path) -> None:
+    weights, other = tmp_path / "model.safetensors", tmp_path / "run.sh"
+    for path, mode in ((weights, 0o600), (other, 0o700)):
+        path.touch()
+        path.chmod(mode)
+    before = os.umask(0o027)
+    try:
+        share_as_umask_says(tmp_path)
+        assert os.umask(0o027) == 0o027  # it was put back
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (weights, other)] == [0o640, 0o700]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

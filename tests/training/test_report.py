@@ -321,6 +321,7 @@ def test_one_step_and_no_samples(tmp_path):
 def test_a_crash_shows_its_reason_and_its_traceback(run):
     _write(run, "status.json", {"status": "failed", "error": "RewardError: `math` raised on row 3"})
     _write(run, "errors/error-0001.txt", "Traceback (most recent call last):\n  ZeroDivisionError")
+    _write(run, "errors/reward-math.log", "")  # a worker that had nothing to say
     page = _page(run)
     for words in (
         "Failed",

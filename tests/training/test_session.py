@@ -91,10 +91,11 @@ def test_a_finished_run_ends_by_saying_what_changed_and_where_the_report_is(tmp_
             journal.samples(f"eval-{trainer.step:06d}", rows)
             journal.evaluation(trainer.step, {"eval/reward_mean": right / 40, "eval/n": 40.0})
         session.finish(trainer)
-    change, report = capsys.readouterr().out.splitlines()[-2:]
+    change, model, report = capsys.readouterr().out.splitlines()[-3:]
     assert change.startswith("Held-out reward rose from 25.0 % to 75.0 %")
     assert "95 % interval +" in change
     assert "paired bootstrap over the same problems" in change
+    assert model == f"Model: {tmp_path / 'run' / 'model'}"
     assert report == f"Report: {tmp_path / 'run' / 'report.html'}"
 
 
