@@ -234,7 +234,9 @@ def make_environments(
                 vector = _envpool(cfg, count, base)
             case _:
                 made = [_maker(cfg, limit, base, index, render=render) for index in range(count)]
-                vector = SyncVectorEnv(made) if cfg.vectorization == "sync" else AsyncVectorEnv(made)
+                # Restarted in the same step, every step is a decision: rollouts and minibatches have their full size.
+                kind = SyncVectorEnv if cfg.vectorization == "sync" else AsyncVectorEnv
+                vector = kind(made, autoreset_mode=AutoresetMode.SAME_STEP)
     except (gym.error.Error, TypeError, ValueError, ModuleNotFoundError) as error:
         raise ConfigError(f"`env.id`={cfg.id}: {type(error).__name__}: {error}") from error
     found = Environments(vector, name=cfg.id, seed=base, own=cfg.vectorization in ("sync", "async"))

@@ -110,7 +110,7 @@ def evaluation_words(numbers: Mapping[str, float]) -> str:
 def _evaluated(name: str) -> str:
     """What an evaluation's number is called on one line, where "held-out" goes without saying."""
     if name == "eval/best_baseline_mean":
-        return describe(name).title.lower()
+        return "best other phrasing"
     return plain_name(name.removeprefix("eval/").removesuffix("_mean").removesuffix("_frac")).lower()
 
 

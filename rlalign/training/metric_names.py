@@ -76,7 +76,8 @@ _KNOWN = {
     "rollout/tokens_if_unrewarded_mean": Metric(title="Length when not rewarded", unit="tokens", from_zero=True),
     "eval/reward_mean": Metric(title="Held-out reward"),
     "eval/best_baseline_mean": Metric(
-        title="Best other phrasing", note="The untouched model, asked in the other words of `eval.baselines`."
+        title="Held-out reward, best other phrasing",
+        note="The untouched model, asked in the other words of `eval.baselines`.",
     ),
     "eval/return_mean": Metric(title="Held-out return"),
     "eval/return_min": Metric(title="Worst held-out return"),

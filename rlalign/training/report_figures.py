@@ -13,7 +13,6 @@ from rlalign.training.metric_names import (
     format_share,
     group_order,
     is_spread,
-    plain_name,
 )
 from rlalign.training.report_compare import primary_eval_metric
 from rlalign.training.report_data import RunData, Series
@@ -178,7 +177,7 @@ def _parts(run: RunData) -> Figure | None:
     names = _part_names(run)
     if not names or names == [primary_train_metric(run.train)]:
         return None
-    titles = [plain_name(name.removeprefix("reward/").removesuffix("_mean")) for name in names]
+    titles = [name.removeprefix("reward/").removesuffix("_mean") for name in names]  # as their authors wrote them
     return _overlay("Reward by function", names, titles, run)
 
 

@@ -169,7 +169,7 @@ def test_the_first_evaluation_sees_the_untouched_model_and_the_last_the_trained_
     assert first["eval/reward_mean"] != last["eval/reward_mean"]
 
 
-def test_other_phrasings_are_measured_before_training_and_the_best_is_kept(make, tmp_path):
+def test_other_phrasings_are_measured_before_training_and_the_best_is_kept(make, tmp_path, capsys):
     phrasings = [(["say what"], None), (["tell a", "tell b", "tell c"], None), (["say so", "say no"], 3)]
     baselines = []
     for number, (prompts, limit) in enumerate(phrasings, 1):
@@ -184,6 +184,12 @@ def test_other_phrasings_are_measured_before_training_and_the_best_is_kept(make,
     first, last = evaluations(trainer)
     assert first["eval/best_baseline_mean"] == pytest.approx(max(expected))
     assert "eval/best_baseline_mean" not in last
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("measuring")]
+    counts = [len(prompts) for prompts, _ in phrasings] + [len(trainer.evaluator.data)]
+    assert told == [
+        f"measuring the untouched model: phrasing {number} of 4 ({count} held-out prompts)"
+        for number, count in enumerate(counts, 1)
+    ]
     folder = trainer.session.path / "samples"
     for number, value in enumerate(expected, 1):
         rows = [json.loads(line) for line in (folder / f"baseline-{number}.jsonl").read_text().splitlines()]
