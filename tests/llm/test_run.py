@@ -56,6 +56,8 @@ def test_the_model_loads_with_transformers(finished):
     tokenizer = AutoTokenizer.from_pretrained(finished / "model")
     ids = tokenizer("say 3", return_tensors="pt")["input_ids"]
     assert model(ids).logits.isfinite().all()
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (finished / "model").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
 
 
 def test_eval_says_what_the_run_said(workshop, finished):
