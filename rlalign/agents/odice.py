@@ -104,9 +104,9 @@ class ODICELearner(Learner):
             case "orthogonal":
                 with torch.no_grad():
                     both = torch.cat([batch.observations, batch.next_observations])
-                    targets = self.target.smallest(both).chunk(2)
+                    target, next_target = self.target.smallest(both).chunk(2)
                 next_values = self.value.values(batch.next_observations)
-                return odice_residuals(facts[0], values, next_values, *targets, facts[1], gamma=gamma)
+                return odice_residuals(facts[0], values, next_values, target, next_target, facts[1], gamma=gamma)
             case "true":
                 next_values = self.value.values(batch.next_observations)
             case "semi":

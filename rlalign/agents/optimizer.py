@@ -82,8 +82,9 @@ class AgentOptimizer:
                 name for name, p in self.module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
             ]
             raise TrainingDiverged(
-                f"the gradient of `{bad[0] if bad else 'the norm'}` is NaN or infinite, {self.budget.consecutive} "
-                f"steps in a row ({self.budget.limit} allowed). The parameters are those of the last finite step. Lower "
+                f"the gradient of `{bad[0] if bad else 'the norm'}` is NaN or infinite, "
+                f"{self.budget.consecutive} steps in a row ({self.budget.limit} allowed). The parameters are those of "
+                "the last finite step. Lower "
                 "`optim.learning_rate`, and set `normalize.observations` or `normalize.rewards` where they are large."
             )
 
