@@ -32,10 +32,9 @@ class CompiledGradient:
             return loss(functional_call(networks, flat.named(vector), (minibatch,)), minibatch)
 
         # Guards ask at every call whether shapes and settings are still the same. They are: both are fixed for a run.
-        unguarded = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-        self.gradient = torch.compile(
-            grad(of_parameters, has_aux=True), fullgraph=True, dynamic=False, options=unguarded
-        )
+        unguarded: Any = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        gradient: Any = grad(of_parameters, has_aux=True)
+        self.gradient = torch.compile(gradient, fullgraph=True, dynamic=False, options=unguarded)
 
     def __call__(self, minibatch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         try:
