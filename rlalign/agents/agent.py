@@ -192,13 +192,19 @@ class Agent:
                 metrics |= self._timing(before)
                 if self.iteration % self.config.log.every == 0 or self.step >= self.total:
                     journal.train(self.step, metrics)
-                if self.callback is not None:
-                    self.callback(self.step, metrics)
+                self._call_back(session, metrics)
                 yield metrics
                 if self.evaluator.due(before, self.step):
                     self.evaluator.record(self.step, journal)
                 session.after_step(self)
             self._finish(journal, session)
+
+    def _call_back(self, session: Session, metrics: Metrics) -> None:
+        try:
+            if self.callback is not None:
+                self.callback(self.step, metrics)
+        except Exception as error:  # the iteration is whole: it is saved before the user's error ends the run
+            session.stop_with(error)
 
     def _finish(self, journal: Journal, session: Session) -> None:
         self.evaluator.record(self.step, journal)

@@ -13,6 +13,7 @@ from rlalign.agents.run import load_agent
 from rlalign.config import ConfigError
 from rlalign.nn.config import HLGauss
 from rlalign.training import session
+from rlalign.training.checkpoint import Checkpoints
 from tests.agents.small_agents import in_spaces, iterated, small
 from tests.agents.tiny_environments import scripted
 
@@ -177,3 +178,13 @@ def test_an_agent_answers_or_says_that_it_does_not():
     for name in ("build", "iterate", "learned", "optimizers"):
         with pytest.raises(NotImplementedError):
             getattr(Agent, name)(object.__new__(Agent))
+
+
+def test_an_error_of_the_callback_ends_the_run_after_the_iteration_is_saved(tmp_path):
+    def broken(step, metrics):
+        raise KeyError("mine")
+
+    agent = small(PPO, run_dir=tmp_path / "run", callback=broken)
+    with pytest.raises(KeyError, match="mine"):
+        agent.fit(total_env_steps=1000)
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [64]
