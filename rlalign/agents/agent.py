@@ -7,30 +7,25 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import gymnasium as gym
-import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from rlalign import config as config_files
 from rlalign.agents.config import AgentConfig
 from rlalign.agents.envs import Array, Environments, make_environments
 from rlalign.agents.evaluate import Evaluator, summary
 from rlalign.agents.keywords import config_from_keywords
-from rlalign.agents.spaces import MASK, Observation
+from rlalign.agents.saved import Saved
+from rlalign.agents.spaces import MASK, Observation, batched, is_single
 from rlalign.config import ConfigError
 from rlalign.config_schema import hints_of
-from rlalign.training.files import share_as_umask_says
 from rlalign.training.journal import Journal
 from rlalign.training.seeding import derived_seed, generator, rng_state, seed_everything, set_rng_state
 from rlalign.training.session import Session
-from rlalign.training.state_tree import decode, encode
 from rlalign.training.stopwatch import Stopwatch
 
 AnyAgent = TypeVar("AnyAgent", bound="Agent")
 Metrics = dict[str, float]
-SETTINGS, WEIGHTS = "agent.json", "agent.safetensors"
 
 
 class Agent:
@@ -234,10 +229,10 @@ class Agent:
             agents with a critic, `value`.
         """
         space = self.observation_space
-        single = _is_single(space, observation)
-        batch = _batched(observation) if single else observation
+        single = is_single(space, observation)
+        batch = batched(observation) if single else observation
         told = {MASK: info[MASK]} if info is not None and MASK in info else {}
-        told = _batched(told) if single else told
+        told = batched(told) if single else told
         actions, about = self.decide(batch, told, random=None if deterministic else self.acting)
         if not single:
             return actions, about
@@ -257,18 +252,7 @@ class Agent:
 
     def save(self, path: str | Path) -> None:
         """Write config, weights and statistics as JSON and safetensors; `load` reads them."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        tree, tensors = encode(self.learned())
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
-        settings = {
-            "config": config_files.dump(self.config),
-            "step": self.step,
-            "description": self.described(),
-            "learned": tree,
-        }
-        (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        share_as_umask_says(folder)
+        Saved(self.config, self.step, self.described(), self.learned()).write(path)
 
     save_model = save
     """What a session calls at the end of a run."""
@@ -284,17 +268,11 @@ class Agent:
         Raises:
             ConfigError: There is no agent, or it is one of another class.
         """
-        folder = Path(path) / "model" if (Path(path) / "model" / SETTINGS).is_file() else Path(path)
-        if not (folder / SETTINGS).is_file():
-            raise ConfigError(f"{path} holds no agent: there is no {SETTINGS} in it.")
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        config = config_files.build(settings["config"], source=str(folder / SETTINGS))
-        if not isinstance(config, cls.config_class):
-            raise ConfigError(f"{path} holds an agent of method {settings['config']['method']!r}, not {cls.__name__}.")
-        agent = cls.from_config(config, env=env, description=settings["description"])
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        agent.load_learned(decode(settings["learned"], tensors))
+        saved = Saved.read(path)
+        if not isinstance(saved.config, cls.config_class):
+            raise ConfigError(f"{path} holds an agent of method {saved.config.method!r}, not {cls.__name__}.")
+        agent = cls.from_config(saved.config, env=env, description=saved.description)
+        agent.load_learned(saved.learned)
         return agent
 
     def state_dict(self) -> dict[str, Any]:
@@ -386,16 +364,3 @@ class Agent:
 
 def _dataset(dataset: Any) -> dict[str, Any]:
     return {"dataset": str(dataset)} if isinstance(dataset, str | Path) else {}
-
-
-def _is_single(space: gym.Space, observation: Observation) -> bool:
-    if isinstance(space, gym.spaces.Dict):
-        name, part = next(iter(space.spaces.items()))
-        return np.ndim(observation[name]) == len(part.shape or ())
-    return np.ndim(observation) == len(space.shape or ())
-
-
-def _batched(observation: Observation) -> Observation:
-    if isinstance(observation, Mapping):
-        return {name: np.asarray(value)[None] for name, value in observation.items()}
-    return np.asarray(observation)[None]

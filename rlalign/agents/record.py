@@ -10,12 +10,13 @@ from typing import Any, Literal, get_args
 import gymnasium as gym
 import numpy as np
 
-from rlalign.agents.agent import SETTINGS, Agent
+from rlalign.agents.agent import Agent
 from rlalign.agents.config import EnvConfig
 from rlalign.agents.dataset_parts import Reference, checked_episode, joined
 from rlalign.agents.datasets import rlalign_score, save_minari, save_npz
 from rlalign.agents.envs import Array, Environments, make_environments
 from rlalign.agents.evaluate import EPISODE_STEP
+from rlalign.agents.saved import SETTINGS
 from rlalign.buffers.transitions import Episode, Transitions
 from rlalign.config import ConfigError
 from rlalign.training.seeding import derived_seed

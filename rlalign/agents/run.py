@@ -1,13 +1,13 @@
 """Carry out a YAML run: what the `rlalign` command calls for agents."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rlalign import agents
 from rlalign import config as config_files
-from rlalign.agents.agent import SETTINGS, Agent
+from rlalign.agents.agent import Agent
 from rlalign.agents.config import AgentConfig
+from rlalign.agents.saved import Saved
 from rlalign.config import ConfigError
 
 CLASSES = {
@@ -90,11 +90,7 @@ def load_agent(path: str | Path) -> Agent:
     Raises:
         ConfigError: There is none.
     """
-    for folder in (Path(path) / "model", Path(path)):
-        if (folder / SETTINGS).is_file():
-            method = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["config"]["method"]
-            return agent_class(method).load(folder)
-    raise ConfigError(f"{path} holds no agent: there is no {SETTINGS} in it.")
+    return agent_class(Saved.read(path).config.method).load(path)
 
 
 def _build(config: Any, *, run_dir: Path, config_text: str) -> Agent:

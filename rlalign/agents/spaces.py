@@ -117,6 +117,21 @@ class ActionInterface:
         raise AssertionError(space)
 
 
+def is_single(space: spaces.Space, observation: Observation) -> bool:
+    """Whether this is one observation, not a batch of them."""
+    if isinstance(space, spaces.Dict):
+        name, part = next(iter(space.spaces.items()))
+        return np.ndim(observation[name]) == len(part.shape or ())
+    return np.ndim(observation) == len(space.shape or ())
+
+
+def batched(observation: Observation) -> Observation:
+    """A batch of this one."""
+    if isinstance(observation, Mapping):
+        return {name: np.asarray(value)[None] for name, value in observation.items()}
+    return np.asarray(observation)[None]
+
+
 def is_image(space: spaces.Space) -> bool:
     return isinstance(space, spaces.Box) and len(space.shape) == 3 and space.dtype == np.uint8
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from rlalign.agents import PPO, TRPO, PolicyGradientAgent
-from rlalign.agents.agent import WEIGHTS
+from rlalign.agents.saved import WEIGHTS
 from rlalign.training import session
 from rlalign.training.metrics import metrics_hash, read
 from tests.agents.small_agents import small

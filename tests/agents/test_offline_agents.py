@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rlalign.agents import BC, IQL, ODICE, TD3BC
-from rlalign.agents.agent import WEIGHTS
 from rlalign.agents.datasets import load_dataset, save_npz
 from rlalign.agents.run import load_agent
+from rlalign.agents.saved import WEIGHTS
 from rlalign.config import ConfigError
 from rlalign.training import session
 from rlalign.training.metrics import metrics_hash, read
