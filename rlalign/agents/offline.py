@@ -69,7 +69,7 @@ class OfflineAgent(Agent):
                 batch = self.buffer.sample(cfg.batch_size, batches).to(cfg.device)
                 metrics = self.learner.update(batch, progress=self.step / self.total)
                 self.step += 1
-        return {name: float(value) for name, value in metrics.items()}
+        return {name: float(value) for name, value in metrics.items()} | {"optim/updates": float(self.step)}
 
     def decide(
         self, observation: Observation, info: Mapping[str, Any], *, random: torch.Generator | None

@@ -30,7 +30,8 @@ def film(agent: "Agent", folder: Path) -> list[str]:
     except ImportError as error:
         return [f'No film of an episode: {error.name} is not installed. Run: pip install "rlalign[agents]"']
     except Exception as error:  # drawing needs drivers and screens that training does not: never lose a run to it
-        return [f"No film of an episode: {type(error).__name__}: {error}"]
+        hint = " Without a screen, MuJoCo draws with MUJOCO_GL=egl or osmesa." if "OpenGL" in str(error) else ""
+        return [f"No film of an episode: {type(error).__name__}: {error}{hint}"]
     if not frames:
         return ["No film of an episode: the environment draws nothing with render_mode='rgb_array'."]
     folder.mkdir(parents=True, exist_ok=True)
