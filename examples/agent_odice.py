@@ -1,6 +1,6 @@
 """O-DICE learns from a file of recorded episodes; an environment is only asked how good the result is.
 
-python examples/agent_odice.py [UPDATES]
+python examples/agent_odice.py [STEPS]
 """
 
 import sys
