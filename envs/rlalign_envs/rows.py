@@ -1,5 +1,6 @@
 """Base of environments whose copies are rows of numpy arrays, all stepped at once, with the three autoreset modes."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import gymnasium as gym
@@ -9,7 +10,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 
-class RowsVectorEnv(VectorEnv):
+class RowsVectorEnv(VectorEnv, ABC):
     """Copies of one environment as rows. A subclass says in `start` and `advance` what happens to some of them.
 
     Args:
@@ -42,15 +43,15 @@ class RowsVectorEnv(VectorEnv):
         self._done = np.zeros(num_envs, dtype=bool)
         self._observations: NDArray[Any] | None = None
 
+    @abstractmethod
     def start(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Begin an episode in these rows; return their first observations."""
-        raise NotImplementedError(f"{type(self).__name__}.start")
 
+    @abstractmethod
     def advance(
         self, rows: NDArray[np.int64], actions: NDArray[Any]
     ) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.bool_]]:
         """Step these rows; return their observations, rewards and terminations."""
-        raise NotImplementedError(f"{type(self).__name__}.advance")
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -1,6 +1,7 @@
 """The public surface that all agents share: train, predict, evaluate, save, load, resume."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ AnyAgent = TypeVar("AnyAgent", bound="Agent")
 Metrics = dict[str, float]
 
 
-class Agent:
+class Agent(ABC):
     """A policy that learns from environments, from data, or from both.
 
     A subclass says how one iteration goes (`iterate`), what it consists of (`parts`) and what it learned (`learned`);
@@ -107,30 +108,31 @@ class Agent:
 
     # ------------------------------------------------------------------------------------- what a subclass answers
 
+    @abstractmethod
     def build(self) -> None:
         """Make networks, optimizers and buffers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def iterate(self) -> Metrics:
         """One pass of the algorithm: advance `self.step` and return what is worth knowing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decide(
         self, observation: Observation, info: Mapping[str, Any], *, random: torch.Generator | None
     ) -> tuple[Array, dict[str, Array]]:
         """Actions for a batch of observations (the most probable ones without `random`), and what is known of them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def learned(self) -> dict[str, Any]:
         """Weights and statistics: what acting needs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_learned(self, state: Mapping[str, Any]) -> None:
-        raise NotImplementedError
+        """Put back what `learned` gave."""
 
+    @abstractmethod
     def optimizers(self) -> dict[str, Any]:
         """Name -> whatever keeps the state of optimization."""
-        raise NotImplementedError
 
     def described(self) -> dict[str, Any]:
         """What a saved agent must know to be built again, beyond its config."""

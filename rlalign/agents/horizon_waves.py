@@ -4,14 +4,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from rlalign.agents.collect import Experience, stacked_masks
-from rlalign.agents.envs import Environments, EnvStep
+from rlalign.agents.collect import Experience
+from rlalign.agents.envs import Environments
 from rlalign.agents.hybrid_networks import StepActors
 from rlalign.agents.networks import prepare
 from rlalign.agents.normalize import ObservationNormalizer
 from rlalign.agents.spaces import ActionInterface, ObservationParts
+from rlalign.agents.waves import whole_episodes
 from rlalign.config import ConfigError
 from rlalign.training.seeding import derived_seed, generator
 
@@ -72,7 +72,7 @@ class HorizonCollector:
                 f"`horizon`={self.horizon}, but {int(running.sum())} of {len(running)} episodes went on; set it to the "
                 "length of the longest episode, or cut episodes with `env.max_episode_steps`."
             )
-        found = _experience(seen, allowed, decisions, played, np.stack(masks, 1))
+        found = whole_episodes(seen, allowed, decisions, played, np.stack(masks, 1))
         self.env_steps += int(found.mask.sum())
         self.episodes += len(running)
         return found
@@ -90,29 +90,3 @@ class HorizonCollector:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.env_steps, self.episodes = state["env_steps"], state["episodes"]
-
-
-def _experience(
-    seen: list[dict[str, Tensor]],
-    allowed: list[Tensor | None],
-    decisions: list[Tensor],
-    played: list[EnvStep],
-    mask: np.ndarray,
-) -> Experience:
-    """Rows end where their episode ends; what the copies did afterwards is no part of them."""
-
-    def column(name: str) -> Tensor:
-        return torch.from_numpy(np.where(mask, np.stack([vars(step)[name] for step in played], 1), 0))
-
-    terminated = column("terminated").bool()
-    return Experience(
-        observations={name: torch.stack([one[name] for one in seen], 1) for name in seen[0]},
-        actions=torch.stack(decisions, 1),
-        rewards=column("rewards").float(),
-        mask=torch.from_numpy(mask),
-        terminated=terminated,
-        truncated=column("truncated").bool() & ~terminated,
-        final={},
-        final_at=torch.zeros_like(terminated),
-        allowed=stacked_masks(allowed),
-    )

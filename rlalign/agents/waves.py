@@ -63,7 +63,7 @@ class WaveCollector:
             running &= ~(step.terminated | step.truncated)
             seen.append(self.parts.tensors(step.observation))
             allowed.append(self.parts.allowed(step.observation, step.info))
-        found = _experience(seen, allowed, decisions, played, np.stack(masks, 1))
+        found = whole_episodes(seen, allowed[:-1], decisions, played, np.stack(masks, 1))
         self.env_steps += int(found.mask.sum())
         self.episodes += rows
         return found
@@ -75,14 +75,20 @@ class WaveCollector:
         self.env_steps, self.episodes = state["env_steps"], state["episodes"]
 
 
-def _experience(
+def whole_episodes(
     seen: list[dict[str, Tensor]],
     allowed: list[Tensor | None],
     decisions: list[Tensor],
     played: list[EnvStep],
     mask: np.ndarray,
 ) -> Experience:
-    """Rows end where their first episode ends; what the copies did afterwards is not part of them."""
+    """Experience of one episode per row; what the copies did after its end is not part of it.
+
+    Args:
+        seen: What stands before each decision, and after the last.
+        allowed: Which actions each decision could choose.
+        mask: [rows, decisions] True until a row's episode has ended.
+    """
 
     def column(name: str) -> Tensor:
         return torch.from_numpy(np.where(mask, np.stack([vars(step)[name] for step in played], 1), 0))
@@ -97,5 +103,5 @@ def _experience(
         truncated=column("truncated").bool() & ~terminated,
         final={},
         final_at=torch.zeros_like(terminated),
-        allowed=stacked_masks(allowed[:-1]),
+        allowed=stacked_masks(allowed),
     )
