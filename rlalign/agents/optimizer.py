@@ -1,5 +1,6 @@
 """Adam over an agent's networks: schedule, clipping, finite check, and Normalize-and-Project behind each step."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,8 +41,11 @@ class AgentOptimizer:
         self.updates = 0
         self.learning_rate = cfg.learning_rate
 
-    def take_step(self, *, progress: float) -> torch.Tensor:
+    def take_step(self, *, progress: float, clipped_from: torch.Tensor | None = None) -> torch.Tensor:
         """Clip, check and apply the gradient; `progress` in [0, 1] places the learning rate on its schedule.
+
+        Args:
+            clipped_from: The norm that the gradient had, where it is clipped already.
 
         Returns:
             The gradient's norm before clipping.
@@ -50,8 +54,8 @@ class AgentOptimizer:
             TrainingDiverged: Gradients were not finite more often in a row than `optim.nonfinite_budget` allows.
         """
         self._schedule(progress)
-        norm = self.flat.clip(self.cfg.max_grad_norm)
-        if bool(norm.isfinite()):
+        norm = self.flat.clip(self.cfg.max_grad_norm) if clipped_from is None else clipped_from
+        if math.isfinite(norm):
             self.adam.step()
             self.budget.consecutive = 0
         else:

@@ -60,8 +60,9 @@ class PPO(OnPolicyAgent):
 
     def update(self, minibatch: Decisions) -> bool:
         """One optimizer step; False, and none, where the policy has moved too far already (`target_kl`)."""
+        norm = None
         if self.compiled is not None and len(minibatch) == self.config.minibatch_size:
-            scored = self.compiled(minibatch.fields)
+            norm, scored = self.compiled(minibatch.fields)
         else:
             loss, scored = self.loss(self.model.networks(minibatch.fields), minibatch.fields)
             loss.backward()
@@ -69,7 +70,7 @@ class PPO(OnPolicyAgent):
         if self.measures.moved_too_far:
             self.optimizer.flat.clear()
             return False
-        self.measures.grad_norms.append(self.optimizer.take_step(progress=self.step / self.total))
+        self.measures.grad_norms.append(self.optimizer.take_step(progress=self.step / self.total, clipped_from=norm))
         return True
 
     def loss(
@@ -94,10 +95,11 @@ class PPO(OnPolicyAgent):
         # Every decision here is real, so this mean is the `token` aggregation.
         return (objective * minibatch["weights"]).mean(), (log_ratio, advantages, value_error, params)
 
-    def _compiled(self) -> Callable[[dict[str, Tensor]], tuple[Tensor, ...]]:
+    def _compiled(self) -> Callable[[dict[str, Tensor]], tuple[Tensor, tuple[Tensor, ...]]]:
         from rlalign.agents.compiled import CompiledGradient  # seconds of import that only this needs
 
-        return CompiledGradient(self.model.networks, self.loss, self.optimizer.flat)
+        limit = self.config.optim.max_grad_norm
+        return CompiledGradient(self.model.networks, self.loss, self.optimizer.flat, max_grad_norm=limit)
 
     def optimizers(self) -> dict[str, Any]:
         return {"all": self.optimizer}

@@ -44,8 +44,12 @@ class Decisions:
     def minibatches(self, size: int, generator: torch.Generator) -> Iterator["Decisions"]:
         """Deal the decisions in a random order into minibatches of `size`; a last one of a single decision is left out.
 
-        A deviation, and so a normalised advantage, needs at least two.
+        A deviation, and so a normalised advantage, needs at least two. Where all decisions make one minibatch their
+        order means nothing, and they come as they are.
         """
+        if 1 < len(self) <= size:
+            yield self
+            return
         order = torch.randperm(len(self), generator=generator)
         dealt = {name: value[order].split(size) for name, value in self.fields.items()}
         for parts in zip(*dealt.values(), strict=True):

@@ -24,7 +24,7 @@ from rlalign.llm.gradient_checks import require_true_gradients, sharding_notes, 
 from rlalign.llm.models import align_special_tokens, load_model, prepare_tokenizer, resolve_precision
 from rlalign.llm.packing import Layout, Segment, micro_batches, segments
 from rlalign.llm.scoring import Packing, Scorer, base_model, packing_error, reason_against_packing, score_rollout
-from rlalign.training.distributed import sum_over_processes
+from rlalign.training.distributed import leave_at_exit, sum_over_processes
 from rlalign.training.files import share_as_umask_says
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
@@ -74,6 +74,7 @@ class Policy:
         precision = resolve_precision(settings)
         options: dict[str, Any] = {"mixed_precision": "bf16" if precision.autocast else "no"} | cfg.accelerate
         accelerator = Accelerator(cpu=precision.device.type == "cpu", **options)
+        leave_at_exit(accelerator)
         require_true_gradients(accelerator)
         if not isinstance(model, PreTrainedModel | PeftModel):
             model, loaded = load_model(settings)

@@ -41,10 +41,9 @@ class FlatParameters:
 
     def clip(self, max_norm: float | None) -> Float[Tensor, ""]:
         """Scale the gradient to norm `max_norm` where it is larger; return its norm before."""
-        gradient = self.gradient
-        norm = torch.linalg.vector_norm(gradient)
+        clipped, norm = clipped_to_norm(self.gradient, max_norm)
         if max_norm is not None:
-            gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+            self.gradient.copy_(clipped)
         return norm
 
     def clear(self) -> None:
@@ -54,3 +53,13 @@ class FlatParameters:
     def gradient(self) -> Float[Tensor, " parameters"]:
         assert self.parameter.grad is not None
         return self.parameter.grad
+
+
+def clipped_to_norm(
+    gradient: Float[Tensor, " parameters"], max_norm: float | None
+) -> tuple[Float[Tensor, " parameters"], Float[Tensor, ""]]:
+    """Scale a gradient to norm `max_norm` where it is larger; None leaves it. Also its norm before."""
+    norm = torch.linalg.vector_norm(gradient)
+    if max_norm is None:
+        return gradient, norm
+    return gradient * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm

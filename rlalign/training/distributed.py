@@ -1,5 +1,6 @@
 """Bring what every process collected to every process, so that statistics are those of the whole step."""
 
+import atexit
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -25,6 +26,12 @@ class Gatherable(Protocol):
 
 
 AnyGatherable = TypeVar("AnyGatherable", bound=Gatherable)
+
+
+def leave_at_exit(accelerator: Accelerator) -> None:
+    """Have the process leave its group before Python's end, where the group's own threads would abort it."""
+    if accelerator.num_processes > 1:
+        atexit.register(accelerator.end_training)
 
 
 def gather_rollout(rollout: AnyGatherable, accelerator: Accelerator) -> AnyGatherable:

@@ -514,6 +514,7 @@ parameters = torch.cat([p.detach().flatten() for p in trainer.model.parameters()
 both = trainer.accelerator.gather(parameters).view(2, -1)
 assert torch.equal(both[0], both[1])
 print(f"rank {rank} trained {trainer.state.global_step} steps")
+trainer.accelerator.end_training()  # at Python's end gloo's threads, still running, may abort the process
 """
 
 
