@@ -38,6 +38,8 @@ METHODS = {
     "bc": "rlalign.agents.config_offline:BCConfig",
     "iql": "rlalign.agents.config_offline:IQLConfig",
     "td3_bc": "rlalign.agents.config_offline:TD3BCConfig",
+    "flow_grpo": "rlalign.diffusion.config:FlowGRPOConfig",
+    "dso": "rlalign.diffusion.config:DSOConfig",
 }
 """Method name -> its config class. The package before `.config` has the `run` module that carries the method out."""
 

@@ -1,39 +1,44 @@
 """The public surface that all agents share: train, predict, evaluate, save, load, resume."""
 
-import json
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import gymnasium as gym
 import torch
 from gymnasium.vector import VectorEnv
 
-from rlalign import config as config_files
 from rlalign.agents.config import AgentConfig
-from rlalign.agents.envs import Array, Environments, make_environments
+from rlalign.agents.contract import Contract, Metrics
+from rlalign.agents.envs import Environments, make_environments
 from rlalign.agents.evaluate import Evaluator, summary
-from rlalign.agents.keywords import config_from_keywords
+from rlalign.agents.keywords import FORMS
 from rlalign.agents.saved import Saved
-from rlalign.agents.spaces import MASK, Observation, batched, is_single
+from rlalign.agents.spaces import MASK, Observation, batched, is_single, require_shape
+from rlalign.agents.surroundings import (
+    check_device,
+    check_given,
+    played,
+    session_of,
+    training_environments,
+    with_total,
+)
+from rlalign.agents.timing import IterationTimer
 from rlalign.config import ConfigError
+from rlalign.config_keywords import config_from_keywords
 from rlalign.config_schema import hints_of
 from rlalign.training.journal import Journal
 from rlalign.training.seeding import derived_seed, generator, rng_state, seed_everything, set_rng_state
 from rlalign.training.session import Session
-from rlalign.training.stopwatch import Stopwatch
 
 AnyAgent = TypeVar("AnyAgent", bound="Agent")
-Metrics = dict[str, float]
 
 
-class Agent(ABC):
+class Agent(Contract):
     """A policy that learns from environments, from data, or from both.
 
-    A subclass says how one iteration goes (`iterate`), what it consists of (`parts`) and what it learned (`learned`);
-    everything around that is here.
+    A subclass says how an iteration goes and what it consists of (`Contract`); everything around that is here.
 
     Args:
         env: A Gymnasium id (`CartPole-v1`, `module:Id-v0`), or a vector environment. Some agents need none.
@@ -47,9 +52,6 @@ class Agent(ABC):
         ConfigError: A setting is unknown, of the wrong kind, or contradicts another.
     """
 
-    config_class: ClassVar[type[AgentConfig]]
-    needs_env: ClassVar[bool] = True
-
     def __init__(
         self,
         env: str | VectorEnv | None = None,
@@ -60,10 +62,13 @@ class Agent(ABC):
         callback: Callable[[int, Metrics], None] | None = None,
         **config: Any,
     ):
+        check_given(type(self).__name__, env, dataset, config)
         given = {"env": env} if isinstance(env, str) else {}
-        settings = config_from_keywords(self.config_class, {**given, **config, "seed": seed, **_dataset(dataset)})
+        settings = config_from_keywords(
+            self.config_class, {**given, **config, "seed": seed, **_dataset(dataset)}, FORMS
+        )
         self.description: Mapping[str, Any] = {}
-        self._begin(settings, env if isinstance(env, gym.vector.VectorEnv) else None, dataset, run_dir, callback, None)
+        self._begin(settings, env if isinstance(env, VectorEnv) else None, dataset, run_dir, callback, None)
 
     @classmethod
     def from_config(
@@ -94,58 +99,22 @@ class Agent(ABC):
         self.dataset, self.foreign = dataset, vector is not None
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        check_device(config.device)
         seed_everything(config.seed)
-        self.environments = self._environments(vector)
+        self.environments = training_environments(config, vector)
+        if self.environments is None and self.needs_env:
+            raise ConfigError(f"{type(self).__name__} needs an environment: set `env.id`, or pass `env=`.")
+        self.play_config = played(config, self.environments)
         if vector is not None:
             self.config = config = replace(config, env=replace(config.env, num_envs=vector.num_envs))
-        self.clock_watch = Stopwatch()
+        self.timer = IterationTimer("env_steps" if "total_env_steps" in hints_of(type(config)) else "updates")
+        self.clock_watch = self.timer.phases
         self.acting = generator(config.seed, "acting")
         self.step, self.iteration = 0, 0
         self.build()
         self.evaluator = Evaluator(
             self._evaluation_environments(), self.decide, config.eval, seed=derived_seed(config.seed, "evaluation")
         )
-
-    # ------------------------------------------------------------------------------------- what a subclass answers
-
-    @abstractmethod
-    def build(self) -> None:
-        """Make networks, optimizers and buffers."""
-
-    @abstractmethod
-    def iterate(self) -> Metrics:
-        """One pass of the algorithm: advance `self.step` and return what is worth knowing."""
-
-    @abstractmethod
-    def decide(
-        self, observation: Observation, info: Mapping[str, Any], *, random: torch.Generator | None
-    ) -> tuple[Array, dict[str, Array]]:
-        """Actions for a batch of observations (the most probable ones without `random`), and what is known of them."""
-
-    @abstractmethod
-    def learned(self) -> dict[str, Any]:
-        """Weights and statistics: what acting needs."""
-
-    @abstractmethod
-    def load_learned(self, state: Mapping[str, Any]) -> None:
-        """Put back what `learned` gave."""
-
-    @abstractmethod
-    def optimizers(self) -> dict[str, Any]:
-        """Name -> whatever keeps the state of optimization."""
-
-    def described(self) -> dict[str, Any]:
-        """What a saved agent must know to be built again, beyond its config."""
-        return {}
-
-    def progress(self) -> dict[str, Any]:
-        """Name -> object with `state_dict`, beyond weights and optimizers: collector, buffers, schedules."""
-        return {}
-
-    @property
-    def total(self) -> int:
-        """Where the clock ends."""
-        return self.config.total_env_steps
 
     # ---------------------------------------------------------------------------------------------------- training
 
@@ -176,8 +145,8 @@ class Agent(ABC):
             TrainingDiverged: Gradients stayed NaN or infinite beyond `optim.nonfinite_budget`.
             EnvironmentFault: The environment broke its contract.
         """
-        self._set_total(total_env_steps, total_updates)
-        session = self._session()
+        self.config = with_total(self.config, total_env_steps, total_updates, name=type(self).__name__)
+        session = session_of(self)
         with session.open(self, resume=resume) as journal:
             if self.config.eval.before and self.step == 0:
                 self.evaluator.record(0, journal)
@@ -186,9 +155,9 @@ class Agent(ABC):
                 self.clock_watch.restart()
                 metrics = self.iterate()
                 self.iteration += 1
-                metrics |= self._timing(before)
+                metrics |= self.timer.lap(self.step - before)
                 if self.iteration % self.config.log.every == 0 or self.step >= self.total:
-                    journal.train(self.step, metrics)
+                    journal.train(self.step, metrics | self.timer.record())
                 self._call_back(session, metrics)
                 yield metrics
                 if self.evaluator.due(before, self.step):
@@ -211,11 +180,6 @@ class Agent(ABC):
             journal.notes(film(self, session.path / "media"))
         session.finish(self)
 
-    def _timing(self, before: int) -> Metrics:
-        timing = self.clock_watch.lap()
-        unit = "env_steps" if "total_env_steps" in hints_of(type(self.config)) else "updates"
-        return timing | {f"throughput/{unit}_per_s": (self.step - before) / max(timing["time/step_s"], 1e-9)}
-
     # ------------------------------------------------------------------------------------------ acting and measuring
 
     def predict(
@@ -229,10 +193,14 @@ class Agent(ABC):
         Returns:
             The action as the environment takes it (a batch of them for a batch), and a dict with `log_prob` and, for
             agents with a critic, `value`.
+
+        Raises:
+            ValueError: The observation is not of the environment's shape.
         """
         space = self.observation_space
         single = is_single(space, observation)
         batch = batched(observation) if single else observation
+        require_shape(space, batch)
         told = {MASK: info[MASK]} if info is not None and MASK in info else {}
         told = batched(told) if single else told
         actions, about = self.decide(batch, told, random=None if deterministic else self.acting)
@@ -245,9 +213,12 @@ class Agent(ABC):
 
         Raises:
             ConfigError: There is no environment to play in.
+            ValueError: `episodes` is less than 1.
         """
         if self.evaluator.environments is None:
             raise ConfigError("there is no environment to evaluate in: name one by its id (`env.id`).")
+        if episodes is not None and episodes < 1:
+            raise ValueError(f"`episodes` must be at least 1, got {episodes}.")
         return summary(*self.evaluator.play(episodes or self.config.eval.episodes))
 
     # ----------------------------------------------------------------------------------------- keeping and coming back
@@ -319,49 +290,11 @@ class Agent(ABC):
         """Random numbers that are a function of (seed, keys, iteration)."""
         return generator(self.config.seed, *keys, self.iteration)
 
-    def _environments(self, vector: VectorEnv | None) -> Environments | None:
-        if vector is not None:
-            name = vector.spec.id if vector.spec is not None else type(vector).__name__
-            return Environments(vector, name=name, seed=derived_seed(self.config.seed, "env"))
-        if self.config.env.id:
-            return make_environments(self.config.env, seed=self.config.seed)
-        if self.needs_env:
-            raise ConfigError(f"{type(self).__name__} needs an environment: set `env.id`, or pass `env=`.")
-        return None
-
     def _evaluation_environments(self) -> Environments | None:
         if not self.config.env.id:
             return None
-        cfg = replace(self.config.env, vectorization="sync")
-        return make_environments(cfg, seed=self.config.seed, num_envs=self.config.eval.num_envs, role="evaluation")
-
-    def _session(self) -> Session:
-        config = self.config
-        resolved = config_files.dump(config)
-        session = Session(
-            self.run_dir,
-            name=config.method,
-            config_text=self.config_text or f"# Started from Python.\n{json.dumps(resolved, indent=2)}\n",
-            resolved=resolved,
-            total_steps=self.total,
-            save_every=config.checkpoint.every,
-            keep=config.checkpoint.keep,
-            trackers=tuple(config.log.trackers),
-            project=config.log.project,
-        )
-        if self.foreign or self.dataset is not None:
-            session.resume_with = f"the same script with run_dir={str(session.path)!r} and fit(resume=True)"
-        return session
-
-    def _set_total(self, total_env_steps: int | None, total_updates: int | None) -> None:
-        given = {"total_env_steps": total_env_steps, "total_updates": total_updates}
-        for name, value in given.items():
-            if value is None:
-                continue
-            if name not in hints_of(type(self.config)):
-                other = next(key for key in given if key != name)
-                raise ConfigError(f"{type(self).__name__} counts `{other}`, not `{name}`.")
-            self.config = replace(self.config, **{name: value})
+        count = self.config.eval.num_envs
+        return make_environments(self.play_config, seed=self.config.seed, num_envs=count, role="evaluation")
 
 
 def _dataset(dataset: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from rlalign.agents.config import EnvConfig
+from rlalign.agents.envpool_copies import SeededPool
 from rlalign.agents.episodes import REPLAY, EnvironmentFault, SeededEpisodes
 from rlalign.agents.spaces import Observation
 from rlalign.config import ConfigError
@@ -66,8 +67,13 @@ class Environments:
         """Actions since the start, where nothing else can tell how the copies came to where they are."""
 
     def reset(self, *, seeds: list[int] | int | None = None) -> Observation:
-        """Begin new episodes in all copies; with `seeds`, from these starts (one seed for a native vector form)."""
+        """Begin new episodes in all copies; with `seeds`, from these starts.
+
+        A vector form that is not ours takes the first of them and counts on from it.
+        """
         first = seeds if seeds is not None else None if self.own else derived_seed(self.seed, "reset") % 2**31
+        if isinstance(first, list) and not self.own:
+            first = first[0]
         with self._told():
             self.observation, self.info = self._reset(seed=first)
         self.ended[:] = False
@@ -231,14 +237,14 @@ def make_environments(
             case "native":
                 vector = gym.make_vec(cfg.id, count, vectorization_mode="vector_entry_point", **limit, **cfg.kwargs)
             case "envpool":
-                vector = _envpool(cfg, count, base)
+                vector = SeededPool(cfg.id, count, {**limit, **cfg.kwargs}, seed=base % 2**31)
             case _:
                 made = [_maker(cfg, limit, base, index, render=render) for index in range(count)]
                 # Restarted in the same step, every step is a decision: rollouts and minibatches have their full size.
                 kind = SyncVectorEnv if cfg.vectorization == "sync" else AsyncVectorEnv
                 vector = kind(made, autoreset_mode=AutoresetMode.SAME_STEP)
-    except (gym.error.Error, TypeError, ValueError, ModuleNotFoundError) as error:
-        raise ConfigError(f"`env.id`={cfg.id}: {type(error).__name__}: {error}") from error
+    except (gym.error.Error, TypeError, ValueError, AssertionError, ModuleNotFoundError) as error:
+        raise ConfigError(f"`env.id`={cfg.id}: {type(error).__name__}: {error}{unregistered(error)}") from error
     found = Environments(vector, name=cfg.id, seed=base, own=cfg.vectorization in ("sync", "async"))
     found.timeout = cfg.step_timeout_s
     return found
@@ -254,12 +260,11 @@ def _maker(cfg: EnvConfig, limit: Mapping[str, int], base: int, index: int, *, r
     return make
 
 
-def _envpool(cfg: EnvConfig, count: int, seed: int) -> VectorEnv:
-    try:
-        import envpool
-    except ImportError as error:
-        raise ConfigError("`env.vectorization: envpool` needs it: pip install envpool.") from error
-    return envpool.make(cfg.id, env_type="gymnasium", num_envs=count, seed=seed % 2**31, **cfg.kwargs)
+def unregistered(error: Exception) -> str:
+    """What to do about an id whose package has not registered it."""
+    if not isinstance(error, gym.error.NamespaceNotFound):
+        return ""
+    return " A module that registers it goes in front of the id: `module:Id-v0`, such as `ale_py:ALE/Pong-v5`."
 
 
 def _with_rows(seen: Observation, rows: Array, final: Any) -> Observation:

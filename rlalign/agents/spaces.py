@@ -125,6 +125,23 @@ def is_single(space: spaces.Space, observation: Observation) -> bool:
     return np.ndim(observation) == len(space.shape or ())
 
 
+def require_shape(space: spaces.Space, batch: Observation) -> None:
+    """Hold a batch of observations to their space.
+
+    Raises:
+        ValueError: A part is missing, or not of the space's shape.
+    """
+    named = dict(space.spaces) if isinstance(space, spaces.Dict) else {PLAIN: space}
+    parts = batch if isinstance(space, spaces.Dict) else {PLAIN: batch}
+    for name, part in named.items():
+        if name not in parts:
+            raise ValueError(f"the observation has no part `{name}`; its space is {space}.")
+        got, expected = np.shape(parts[name])[1:], part.shape or ()
+        if got != expected:
+            where = f" `{name}`" if isinstance(space, spaces.Dict) else ""
+            raise ValueError(f"an observation{where} must have shape {list(expected)}, got {list(got)}.")
+
+
 def batched(observation: Observation) -> Observation:
     """A batch of this one."""
     if isinstance(observation, Mapping):

@@ -41,7 +41,7 @@ def film(agent: "Agent", folder: Path) -> list[str]:
 
 
 def _frames(agent: "Agent") -> tuple[list[np.ndarray], float]:
-    envs = make_environments(agent.config.env, seed=agent.config.seed, num_envs=1, render=True, role="film")
+    envs = make_environments(agent.play_config, seed=agent.config.seed, num_envs=1, render=True, role="film")
     random = None if agent.config.eval.deterministic else generator(agent.config.seed, "film")
     try:
         fps = min(float(envs.vector.metadata.get("render_fps") or 30), 30.0)

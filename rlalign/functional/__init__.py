@@ -4,9 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlalign.functional import advantages, divergence, masked, policy
+    from rlalign.functional import (
+        advantages,
+        divergence,
+        flow,
+        guidance,
+        masked,
+        policy,
+        prediction,
+        preference,
+    )
 
-__all__ = ["advantages", "divergence", "masked", "policy"]
+__all__ = ["advantages", "divergence", "flow", "guidance", "masked", "policy", "prediction", "preference"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from rlalign.functional.ratios import (
     masked_correction,
     sequence_ratio,
     sequence_token_ratio,
+    step_clip,
     truncated_correction,
 )
 
@@ -25,6 +26,7 @@ __all__ = [
     "sapo",
     "sequence_ratio",
     "sequence_token_ratio",
+    "step_clip",
     "truncated_correction",
     "weighted_bc",
 ]

@@ -1,5 +1,8 @@
 """Ratios between the policy that is trained and the one that acted, and corrections for the engine that sampled."""
 
+import math
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -66,6 +69,8 @@ def guarded_log_ratio(
     mean: Float[Tensor, "batch *dims"],
     mean_old: Float[Tensor, "batch *dims"],
     std: Float[Tensor, " batch"],
+    *,
+    drift_over: Literal["sample", "batch"] = "sample",
 ) -> Float[Tensor, " batch"]:
     """Take the drift and the noise level out of a denoising step's log-ratio, so that one clip fits every step.
 
@@ -81,6 +86,7 @@ def guarded_log_ratio(
         mean: Mean of the step's Gaussian under the policy being trained.
         mean_old: The same at collection.
         std: s = σ_t sqrt(Δt) > 0 of the step.
+        drift_over: `batch` averages the drift over the whole batch, as the authors' code does.
 
     Returns:
         One log-ratio per step. The drift is each sample's own mean over its dimensions.
@@ -102,7 +108,43 @@ def guarded_log_ratio(
             f"`std` must be > 0 at every step, got {float(std.min())}; mask the steps that add no noise (the last one)."
         )
     drift = ((mean - mean_old) ** 2).reshape(mean.shape[0], -1).mean(1)
+    drift = drift.mean().expand_as(drift) if drift_over == "batch" else drift
     return std * (log_prob - log_prob_old + drift / (2 * std**2))
+
+
+STEP_CLIP = {"plain": 2.6e-2, "normalized": 5.1e-4}
+"""κ of `step_clip`: the clips that Flow-GRPO (1e-4) and GRPO-Guard (2e-6) use on 65,536 dimensions, times 256."""
+
+
+def step_clip(dimensions: int, *, normalized: bool) -> float:
+    """Scale the clip of a denoising step's ratio with the size of the latents.
+
+        ε = κ / sqrt(D),   κ = 2.6e-2 for the plain ratio, 5.1e-4 for the normalised one
+
+    The log-ratio of a step is a mean over its D dimensions, whose spread falls as 1 / sqrt(D) at equal movement of the
+    model, so a clip found at one size is far too wide or too narrow at another.
+
+    Args:
+        dimensions: D, entries of one sample's latents.
+        normalized: Whether the ratio is `guarded_log_ratio`'s.
+
+    Returns:
+        Distance from ratio 1, for `clip_low` and `clip_high`.
+
+    Raises:
+        ValueError: There are no dimensions.
+
+    Example:
+        >>> step_clip(65536, normalized=False), step_clip(65536, normalized=True)
+        (0.0001015625, 1.9921875e-06)
+
+    Reference:
+        The clips of Liu et al. 2025 (arXiv:2505.05470) and Wang et al. 2025 (arXiv:2510.22319) at 512 x 512 pixels;
+        the scaling follows from log ρ̂ = mean_d (μ - μ_old) ε.
+    """
+    if dimensions < 1:
+        raise ValueError(f"`dimensions` must be >= 1, got {dimensions}.")
+    return STEP_CLIP["normalized" if normalized else "plain"] / math.sqrt(dimensions)
 
 
 def truncated_correction(

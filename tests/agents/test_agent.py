@@ -8,9 +8,10 @@ import torch
 from rlalign.agents import PPO, TRPO, PolicyGradientAgent
 from rlalign.agents.agent import Agent
 from rlalign.agents.config import PPOConfig
-from rlalign.agents.keywords import config_from_keywords
+from rlalign.agents.keywords import FORMS
 from rlalign.agents.run import load_agent
 from rlalign.config import ConfigError
+from rlalign.config_keywords import config_from_keywords
 from rlalign.nn.config import HLGauss
 from rlalign.training import session
 from rlalign.training.checkpoint import Checkpoints
@@ -27,7 +28,7 @@ def no_report(monkeypatch):
 
 
 def config(**keywords):
-    return config_from_keywords(PPOConfig, keywords)
+    return config_from_keywords(PPOConfig, keywords, FORMS)
 
 
 def test_short_names_find_their_section():

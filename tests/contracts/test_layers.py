@@ -30,7 +30,7 @@ MAY_IMPORT = {
 # Modules beside the packages that belong to one of the units above.
 UNIT_OF_MODULE = {"config_messages": "config", "config_schema": "config", "config_unknown": "config"}
 UNIT_OF_MODULE |= {"config_papers": "config", "cli_errors": "cli"}
-UNIT_OF_MODULE |= {"yaml_strict": "config", "cli_text": "cli"}
+UNIT_OF_MODULE |= {"config_keywords": "config", "yaml_strict": "config", "cli_text": "cli"}
 FRAMEWORKS = {
     "accelerate": ["training", *DOMAINS],
     "gymnasium": ["agents"],

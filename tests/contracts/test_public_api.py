@@ -126,6 +126,19 @@ SIGNATURES = {
         {"weights": None, "mode": NO_DEFAULT, "group": None, "denominator": None},
     ),
     "rlalign.functional.policy.guarded_log_ratio": (["log_prob", "log_prob_old", "mean", "mean_old", "std"], {}),
+    "rlalign.functional.flow.sde_step": (
+        ["x", "velocity", "sigma", "sigma_next"],
+        {"noise_level": NO_DEFAULT, "kind": "flow_sde", "sigma_max": NO_DEFAULT},
+    ),
+    "rlalign.functional.preference.flow_dpo": (
+        ["err_win", "err_lose", "err_win_ref", "err_lose_ref"],
+        {"beta": NO_DEFAULT},
+    ),
+    "rlalign.functional.preference.flow_dro": (["err", "label"], {}),
+    "rlalign.functional.guidance.adaptive_projected": (
+        ["cond", "uncond"],
+        {"scale": NO_DEFAULT, "eta": NO_DEFAULT, "norm_threshold": NO_DEFAULT, "momentum": NO_DEFAULT, "running": None},
+    ),
     "rlalign.llm.BNPOTrainer": (["model", "reward_funcs", "train_dataset", "config"], {}),
     "rlalign.llm.PolicyGradientTrainer": (["model", "reward_funcs", "train_dataset", "config"], {}),
 }

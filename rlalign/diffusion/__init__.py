@@ -1,0 +1,36 @@
+"""Alignment of diffusion and flow generators with rewards and simulators, on unmodified diffusers pipelines."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlalign.diffusion.config import SDEConfig
+    from rlalign.diffusion.dso import DSOTrainer
+    from rlalign.diffusion.flow_grpo import FlowGRPOTrainer
+    from rlalign.diffusion.generator import ConditionalFlowPipeline
+    from rlalign.diffusion.guidance import adaptive_projected_guidance
+    from rlalign.diffusion.pretrain import pretrain
+    from rlalign.diffusion.sampling import StochasticSampler
+    from rlalign.diffusion.tiny import tiny_call, tiny_pipeline
+
+_HOMES = {
+    "ConditionalFlowPipeline": "generator",
+    "DSOTrainer": "dso",
+    "FlowGRPOTrainer": "flow_grpo",
+    "SDEConfig": "config",
+    "StochasticSampler": "sampling",
+    "adaptive_projected_guidance": "guidance",
+    "pretrain": "pretrain",
+    **dict.fromkeys(("tiny_call", "tiny_pipeline"), "tiny"),
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,144 @@
+"""Draw a rollout: prompts, samples of each with the probability of every step, and what the reward says of them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from rlalign.buffers import Input, Rollout
+from rlalign.diffusion.config import SamplingConfig
+from rlalign.diffusion.prompts import Prompts
+from rlalign.diffusion.rewards import Judged
+from rlalign.diffusion.sampling import StochasticSampler
+from rlalign.diffusion.trajectory import Trajectory
+from rlalign.training.seeding import derived_seed, generator
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The samples that this process drew in one rollout."""
+
+    trajectories: list[Trajectory]
+    """Pieces of at most `rollout.batch_size` samples."""
+    samples: Any
+    """What the pipeline returned, of all pieces."""
+    indices: list[int]
+    """Row of each sample's prompt."""
+    groups: list[int]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the recorded latents and means take."""
+        return sum(piece.nbytes for piece in self.trajectories)
+
+    def locate(self, places: Tensor) -> Iterator[tuple[Trajectory, Tensor, Tensor]]:
+        """For samples of any pieces: the piece, rows in it, and which of `places` they are."""
+        first = 0
+        for piece in self.trajectories:
+            count = len(piece.log_prob)
+            here = ((places >= first) & (places < first + count)).nonzero().squeeze(1)
+            if len(here):
+                yield piece, places[here] - first, here
+            first += count
+
+
+def draw(
+    sampler: StochasticSampler,
+    prompts: Prompts,
+    cfg: SamplingConfig,
+    arguments: Mapping[str, Any],
+    *,
+    step: int,
+    seed: int,
+    accelerator: Accelerator,
+) -> Drawn:
+    """Sample a group for each prompt of the step; this process takes its share of the groups.
+
+    Every sample's noise is a function of (seed, step, its number), whatever process or piece draws it.
+
+    Args:
+        arguments: Of every call of the pipeline, beside the prompts.
+    """
+    chosen = prompts.draw(step, count=cfg.prompts_per_step, seed=seed)
+    share = cfg.prompts_per_step // accelerator.num_processes
+    mine = range(share * accelerator.process_index, share * (accelerator.process_index + 1))
+    numbers = [group * cfg.group_size + member for group in mine for member in range(cfg.group_size)]
+    groups = [number // cfg.group_size for number in numbers]
+    seeds = [derived_seed(seed, "sample", step, number) for number in numbers]
+    starts = [derived_seed(seed, "start", step, group) for group in groups] if cfg.same_noise else None
+    window = draw_window(cfg, step=step, seed=seed)
+    trajectories = []
+    for first in range(0, len(numbers), cfg.batch_size):
+        part = slice(first, first + cfg.batch_size)
+        trajectories.append(
+            sampler.sample(
+                {
+                    **prompts.call([chosen[group] for group in groups[part]]),
+                    **arguments,
+                    "num_inference_steps": cfg.num_inference_steps,
+                },
+                seeds=seeds[part],
+                window=window,
+                same_noise=None if starts is None else starts[part],
+            )
+        )
+    samples = joined([piece.output for piece in trajectories])
+    base = step * cfg.prompts_per_step
+    return Drawn(trajectories, samples, [chosen[g] for g in groups], [base + group for group in groups])
+
+
+def draw_window(cfg: SamplingConfig, *, step: int, seed: int) -> tuple[int, int] | None:
+    """Where noise goes in this rollout: [first, one past the last] of the denoising steps."""
+    if cfg.window is None:
+        return None
+    low, high = cfg.window_range or (0, cfg.num_inference_steps)
+    last = min(high, cfg.num_inference_steps) - cfg.window
+    first = int(torch.randint(low, last + 1, (), generator=generator(seed, "window", step)))
+    return first, first + cfg.window
+
+
+def assemble(drawn: Drawn, judged: Judged, *, process: int) -> Rollout:
+    """The rollout that the shared estimators and losses know: one row per sample, one column per denoising step."""
+    log_prob = torch.cat([piece.log_prob for piece in drawn.trajectories]).cpu()
+    mask = torch.cat([piece.scored for piece in drawn.trajectories]).cpu()
+    batch, time = log_prob.shape
+    rewards = torch.zeros(batch, time)
+    rewards[:, -1] = judged.outcome
+    ended = torch.zeros(batch, time, dtype=torch.bool)
+    ended[:, -1] = True
+    return Rollout(
+        log_prob_old=log_prob.float(),
+        rewards=rewards,
+        mask=mask,
+        terminated=ended,
+        truncated=torch.zeros_like(ended),
+        group=torch.tensor(drawn.groups),
+        prompt_id=torch.tensor(drawn.indices),
+        scored=judged.scored,
+        reward_parts=judged.parts,
+        inputs={
+            "place": Input(value=torch.arange(batch), axis="per_rollout"),
+            "process": Input(value=torch.full((batch,), process), axis="per_rollout"),
+        },
+    )
+
+
+def joined(outputs: Sequence[Any]) -> Any:
+    """The samples of several calls of a pipeline, from whatever each returned."""
+    parts = [samples_of(output) for output in outputs]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts)
+    return [sample for part in parts for sample in part]
+
+
+def samples_of(output: Any) -> Any:
+    """The samples inside a pipeline's output, which is a tuple or a mapping whose first entry they are."""
+    if isinstance(output, tuple | dict):
+        return output[0] if isinstance(output, tuple) else next(iter(output.values()))
+    return output

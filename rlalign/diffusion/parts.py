@@ -1,0 +1,154 @@
+"""Build a trainer's parts from its settings and arguments, and refuse what cannot work before anything is sampled."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+
+from rlalign.config import ConfigError, dump
+from rlalign.config_keywords import Forms, config_from_keywords
+from rlalign.diffusion.config import DiffusionConfig, PipelineConfig
+from rlalign.diffusion.evaluation import SampleEvaluator
+from rlalign.diffusion.policy import TunedPipeline
+from rlalign.diffusion.prompts import Prompts, read_prompts
+from rlalign.diffusion.rewards import Judge, load_object
+from rlalign.training.distributed import leave_at_exit, sum_over_processes
+from rlalign.training.seeding import seed_everything
+from rlalign.training.session import Session
+
+FORMS = Forms(words={"advantage": "type", "sde": "kind"}, switches=("lora", "average"), first=("rollout", "optim"))
+"""What callers of a trainer may write short."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a trainer is made of."""
+
+    tuned: TunedPipeline
+    prompts: Prompts
+    judge: Judge
+    evaluator: SampleEvaluator
+    session: Session
+    accelerator: Accelerator
+
+
+def build_parts(
+    cfg: DiffusionConfig,
+    *,
+    pipeline: Any,
+    prompts: Sequence[Any] | None,
+    reward: Any,
+    total: int,
+    run_dir: str | Path | None,
+    config_text: str | None,
+) -> Parts:
+    """Judge first (cheap to refuse), then the generator, then what is generated from."""
+    seed_everything(cfg.seed)
+    session = _session(cfg, run_dir, config_text, total=total, scripted=pipeline is not None)
+    reward = reward if reward is not None else cfg.reward
+    if reward is None:
+        raise ConfigError("there is no reward: pass `reward`, or set `reward.function` in the config.")
+    judge = Judge(reward, cfg.reward, errors_dir=session.path / "errors")
+    pipeline = pipeline if isinstance(pipeline, DiffusionPipeline) else load_pipeline(pipeline, cfg.pipeline)
+    accelerator = Accelerator(cpu=pipeline.device.type == "cpu", **cfg.accelerate)
+    leave_at_exit(accelerator)
+    if accelerator.num_processes > 1:
+        pipeline.to(accelerator.device)
+    pipeline.set_progress_bar_config(disable=True)
+    rows = Prompts.of(prompts if prompts is not None else read_prompts(cfg.prompts), pipeline)
+    tuned = TunedPipeline(pipeline, cfg)
+    session.join(
+        main=accelerator.is_main_process,
+        anywhere=lambda flag: sum_over_processes({"flag": float(flag)}, accelerator)["flag"] > 0,
+    )
+    return Parts(
+        tuned=tuned,
+        prompts=rows,
+        judge=judge,
+        evaluator=SampleEvaluator(tuned, rows, judge, cfg, session, accelerator),
+        session=session,
+        accelerator=accelerator,
+    )
+
+
+def config_of(cls: type, config: Any, settings: dict[str, Any]) -> Any:
+    """The config that a caller described: an object, or keyword arguments in short form.
+
+    Raises:
+        ConfigError: Both were given, or a keyword is unknown.
+    """
+    if config is not None and settings:
+        raise ConfigError(f"give `config` or single settings, not both: {', '.join(settings)}.")
+    return config if config is not None else config_from_keywords(cls, settings, FORMS)
+
+
+def load_pipeline(source: str | None, cfg: PipelineConfig) -> DiffusionPipeline:
+    """Load a pipeline from the Hub or a directory, call the function that builds it, or pretrain it.
+
+    Weights come from safetensors files only.
+
+    Raises:
+        ConfigError: Nothing names a pipeline, or what names one does not lead to one.
+    """
+    source = source or cfg.source
+    device = _device(cfg.device)
+    if cfg.pretrain is not None and source is None:
+        from rlalign.diffusion.pretrain import cached_generator
+
+        return cached_generator(cfg.pretrain, device=device).to(device)
+    if source is None:
+        raise ConfigError("there is no generator: pass a pipeline, or set `pipeline.source` or `pipeline.pretrain`.")
+    if not Path(source).expanduser().exists() and ":" in source:
+        built = load_object(source, "pipeline.source")()
+        if not isinstance(built, DiffusionPipeline):
+            raise ConfigError(f"`pipeline.source`={source} returned {type(built).__name__}, not a DiffusionPipeline.")
+        return built.to(device)
+    dtype = _dtype(cfg.dtype, device)
+    try:
+        loaded = DiffusionPipeline.from_pretrained(
+            source, revision=cfg.revision, torch_dtype=dtype, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"`pipeline.source`={source}: {error}") from error
+    return loaded.to(device)
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _dtype(name: str, device: str) -> torch.dtype:
+    if name != "auto":
+        return DTYPES[name]
+    half = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if half else torch.float32
+
+
+def _session(
+    cfg: DiffusionConfig, run_dir: str | Path | None, config_text: str | None, *, total: int, scripted: bool
+) -> Session:
+    resolved = dump(cfg)
+    session = Session(
+        run_dir,
+        name=cfg.method,
+        config_text=config_text or f"# Started from Python.\n{json.dumps(resolved, indent=2)}\n",
+        resolved=resolved,
+        total_steps=total,
+        save_every=cfg.checkpoint.every,
+        keep=cfg.checkpoint.keep,
+        trackers=tuple(cfg.log.trackers),
+        project=cfg.log.project,
+    )
+    if scripted:
+        session.resume_with = f"the same script with run_dir={str(session.path)!r} and fit(resume=True)"
+    return session

@@ -1,0 +1,171 @@
+"""The generator that is trained: its denoiser's adapter or weights, the frozen reference, the moving average."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import nn
+
+from rlalign.config import ConfigError
+from rlalign.diffusion.config import DiffusionConfig, LoRASettings
+from rlalign.training.ema import EMA
+
+ADAPTER = "policy"
+JOINT_ATTENTION = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+"""Projections of the text stream in transformers that attend over both (SD3, Flux, Qwen)."""
+
+
+class TunedPipeline:
+    """A diffusers pipeline whose denoiser is trained in place; everything else is frozen.
+
+    Args:
+        pipeline: Any `DiffusionPipeline` with a `transformer` or a `unet`.
+        cfg: Adapter, average, checkpointing, device and precision.
+
+    Raises:
+        ConfigError: There is no denoiser, or it takes no adapter.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, cfg: DiffusionConfig):
+        self.pipeline, self.cfg = pipeline, cfg
+        self.denoiser = denoiser_of(pipeline)
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        if cfg.pipeline.gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
+        self.adapter = cfg.lora is not None
+        if cfg.lora is not None:
+            self._add_adapter(cfg.lora)
+        else:
+            self.denoiser.requires_grad_(True)
+        self.parameters = {name: p for name, p in self.denoiser.named_parameters() if p.requires_grad}
+        for parameter in self.parameters.values():  # half precision cannot hold what an optimizer adds
+            parameter.data = parameter.data.float()
+        trained = list(self.parameters.values())
+        self.average = EMA(trained, cfg.average.decay) if cfg.average is not None else None
+        self.frozen = None if self.adapter else EMA(trained, 0.0)
+        """Without an adapter to switch off, the reference is a copy of the weights as they came."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipeline.device
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Run a block with the generator as it came."""
+        if self.frozen is not None:
+            with self.frozen.swap():
+                yield
+            return
+        self.denoiser.disable_adapters()
+        try:
+            yield
+        finally:
+            self.denoiser.enable_adapters()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Run a block with the averaged weights, where an average is kept."""
+        if self.average is None:
+            yield
+            return
+        with self.average.swap():
+            yield
+
+    def stepped(self, updates: int) -> None:
+        """Take note of an optimizer step; `updates` counts them from 1."""
+        if self.average is not None and self.cfg.average is not None and updates % self.cfg.average.every == 0:
+            self.average.update()
+
+    def distance(self) -> float:
+        """Norm of the trained weights' movement (of an adapter: of its weights), for the metrics."""
+        if self.frozen is None:
+            return float(torch.stack([p.detach().norm() for p in self.parameters.values()]).norm())
+        kept = self.frozen.state_dict()["averages"]
+        moves = [(p.detach() - k).norm() for p, k in zip(self.parameters.values(), kept, strict=True)]
+        return float(torch.stack(moves).norm())
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"trained": {name: p.detach() for name, p in self.parameters.items()}}
+        state |= {} if self.average is None else {"average": self.average.state_dict()}
+        return state | ({} if self.frozen is None else {"frozen": self.frozen.state_dict()})
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` took.
+
+        Raises:
+            ConfigError: The state is that of another adapter or denoiser.
+        """
+        if state["trained"].keys() != self.parameters.keys():
+            raise ConfigError("the checkpoint trained other tensors than this configuration does; resume with its own.")
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state["trained"][name])
+        for name, part in (("average", self.average), ("frozen", self.frozen)):
+            if part is not None:
+                part.load_state_dict(state[name])
+
+    def save(self, path: str | Path) -> None:
+        """Write the averaged weights: an adapter as plain diffusers loads it, else the whole pipeline."""
+        with self.averaged():
+            if self.adapter:
+                save_adapter(self.pipeline, path)
+            else:
+                self.pipeline.save_pretrained(path)
+
+    def _add_adapter(self, cfg: LoRASettings) -> None:
+        if not isinstance(self.denoiser, PeftAdapterMixin):
+            raise ConfigError(
+                f"{type(self.denoiser).__name__} takes no adapter (no PeftAdapterMixin of diffusers); set `lora: null`."
+            )
+        names = [name for name, module in self.denoiser.named_modules() if isinstance(module, nn.Linear)]
+        joint = [target for target in JOINT_ATTENTION if any(name.endswith(f".{target}") for name in names)]
+        targets = [*cfg.targets, *joint]
+        if not any(name.endswith(tuple(targets)) for name in names):
+            raise ConfigError(f"`lora.targets`={targets} fit no linear layer of {type(self.denoiser).__name__}.")
+        self.denoiser.add_adapter(
+            LoraConfig(
+                r=cfg.r,
+                lora_alpha=cfg.alpha,  # peft's annotation says int; it divides
+                init_lora_weights="gaussian" if cfg.init == "gaussian" else True,
+                target_modules=targets,
+            ),
+            adapter_name=ADAPTER,
+        )
+
+
+def denoiser_of(pipeline: DiffusionPipeline) -> ModelMixin:
+    """The network that is called at every denoising step.
+
+    Raises:
+        ConfigError: There is neither `transformer` nor `unet`.
+    """
+    for name in ("transformer", "unet"):
+        found = pipeline.components.get(name)
+        if isinstance(found, ModelMixin):
+            return found
+    raise ConfigError(
+        f"{type(pipeline).__name__} has no `transformer` and no `unet`; its parts are {', '.join(pipeline.components)}."
+    )
+
+
+def save_adapter(pipeline: DiffusionPipeline, path: str | Path) -> None:
+    """Write the adapter with its settings: without them diffusers would load it with alpha = r."""
+    denoiser = denoiser_of(pipeline)
+    if not isinstance(pipeline, LoraBaseMixin):  # its denoiser has a loader of its own
+        denoiser.save_lora_adapter(path, adapter_name=ADAPTER)
+        return
+    part = "transformer" if pipeline.components.get("transformer") is denoiser else "unet"
+    layers = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
+    layers = convert_state_dict_to_diffusers(layers) if part == "unet" else layers
+    settings = denoiser.peft_config[ADAPTER].to_dict()
+    type(pipeline).save_lora_weights(path, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": settings})

@@ -1,0 +1,321 @@
+"""The stability simulator: what must stand stands, what must fall falls, and nothing depends on the company."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from rlalign_envs import stability_world
+from rlalign_envs.assemblies import training_set
+from rlalign_envs.stability import StabilitySimulator
+from rlalign_envs.stability_outcomes import outcomes_of, rotation_degrees, starts_of, tilt_degrees
+from rlalign_envs.stability_solids import BoxSolid, Moments
+from rlalign_envs.stability_world import Physics, lowest_point, settle
+
+PHYSICS = Physics(timestep=0.01, seconds=2.0, step_budget=1000, integrator="implicitfast")
+UPRIGHT = np.array([[1.0, 0.0, 0.0, 0.0]])
+
+
+def boxes(*rows):
+    sample = np.array(rows, dtype=float)
+    return np.concatenate([sample[:, :3], np.log(sample[:, 3:])], 1)
+
+
+def simulate(*samples, **settings):
+    return StabilitySimulator(**settings).simulate(np.stack(samples))
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def turned(sample):
+    """Boxes a quarter turn about the vertical."""
+    out = sample.copy()
+    out[..., 0], out[..., 1] = -sample[..., 1], sample[..., 0]
+    out[..., 3], out[..., 4] = sample[..., 4], sample[..., 3]
+    return out
+
+
+def spun(angle_deg, axis=(0.0, 0.0, 1.0)):
+    half = np.radians(angle_deg) / 2
+    return np.array([np.cos(half), *(np.sin(half) * np.array(axis))])
+
+
+def test_slab_stands_and_a_pin_falls_when_tilted():
+    slab, pin = boxes((0, 0, 0.1, 0.5, 0.5, 0.1)), boxes((0, 0, 1, 0.02, 0.02, 1))
+    told = simulate(slab, pin)
+    assert told["stable"].tolist() == [1, 1]
+    assert told["robust"].tolist() == [1, 0]
+    assert told["robust_share"].tolist() == pytest.approx([1, 0.2])  # of the pin, the upright copy
+    assert told["robust_tilt_deg"][0] < 0.1
+    assert told["robust_tilt_deg"][1] == pytest.approx(90, abs=1)
+    assert told["graded"] == pytest.approx([1, 0.2], abs=1e-3)
+    assert told["tilt_deg"].max() < 1e-3
+    assert told["settled"].tolist() == [1, 1]
+
+
+def test_falls_where_the_centre_of_mass_is_outside_the_support():
+    # A post with a block on top whose centre is `off` from the post's; the post reaches 0.1 far.
+    # Masses 8 * 0.1 * 0.1 * 0.3 = 0.024 and 8 * 0.3 * 0.1 * 0.1 = 0.024: the common centre is at off / 2.
+    def post(off):
+        return boxes((0, 0, 0.3, 0.1, 0.1, 0.3), (off, 0, 0.7, 0.3, 0.1, 0.1))
+
+    told = simulate(post(0.16), post(0.24), post(-0.24), perturbations=0)
+    assert told["stable"].tolist() == [1, 0, 0]
+    assert told["tilt_deg"][1] > 45
+
+
+@pytest.mark.parametrize(("degrees", "robust"), [(5.3, 1), (6.1, 0)])
+def test_a_tall_box_tips_at_the_angle_of_its_diagonal(degrees, robust):
+    # Half width 0.1, half height 1: balances on its edge at atan(0.1) = 5.71 degrees. The first tilt is about an edge.
+    told = simulate(boxes((0, 0, 1, 0.1, 0.1, 1)), perturbation_deg=degrees)
+    assert told["robust"].tolist() == [robust]
+    assert told["stable"].tolist() == [1]
+
+
+def test_a_slow_fall_is_seen_to_its_end():
+    # The common centre of mass is 1 % beyond the edge: after 0.4 s it has hardly moved.
+    sample = boxes((0, 0, 0.5, 0.1, 0.1, 0.5), (0.202, 0, 1.1, 0.3, 0.1, 0.1))
+    patient = simulate(sample, perturbations=0)
+    assert (patient["stable"], patient["settled"]) == (0, 1)
+    hasty = simulate(sample, perturbations=0, seconds=0.4, step_budget=40)
+    assert (hasty["stable"], hasty["settled"]) == (1, 0)
+
+
+def test_tilt_is_blind_to_spin_and_rotation_is_not():
+    spin, lean = spun(70), spun(30, (1.0, 0.0, 0.0))
+    assert tilt_degrees(np.stack([spin, lean])) == pytest.approx([0, 30], abs=1e-9)
+    assert rotation_degrees(np.stack([spin, lean, -spin])) == pytest.approx([70, 30, 70])
+    told = outcomes_of(spin[None, None], threshold_deg=20.0)
+    assert (told["stable"], told["rotation_deg"]) == (1, pytest.approx(70))
+
+
+def test_tilt_is_the_angle_of_the_body_axis():
+    generator = np.random.default_rng(0)
+    quaternions = generator.normal(size=(50, 4))
+    quaternions /= np.linalg.norm(quaternions, axis=1, keepdims=True)
+    w, x, y, z = quaternions.T
+    np.testing.assert_allclose(tilt_degrees(quaternions), np.degrees(np.arccos(w**2 - x**2 - y**2 + z**2)), rtol=1e-9)
+
+
+def test_outcomes_by_hand():
+    # Tilts 0, 10, 20 and 40 against a threshold of 20: below are two of four.
+    quaternions = np.stack([spun(angle, (0.0, 1.0, 0.0)) for angle in (0, 10, 20.0001, 40)])[None]
+    told = outcomes_of(quaternions, threshold_deg=20.0)
+    assert (told["stable"], told["robust"], told["robust_share"]) == (1, 0, 0.5)
+    assert told["robust_tilt_deg"] == pytest.approx(40)
+    graded = (1 + np.exp(-0.25) + np.exp(-1) + np.exp(-4)) / 4
+    assert told["graded"] == pytest.approx(graded, abs=1e-5)
+
+
+def test_starts_are_upright_and_evenly_tilted():
+    starts = starts_of(4, 3.0, seed=0)
+    assert tilt_degrees(starts) == pytest.approx([0, 3, 3, 3, 3])
+    w, x, y, z = starts.T
+    axis = np.stack([2 * (x * z + w * y), 2 * (y * z - w * x)], -1)  # where the body's z axis points
+    np.testing.assert_allclose(axis[1:], np.sin(np.radians(3)) * np.array([[1, 0], [0, 1], [-1, 0], [0, -1]]), atol=1e-12)
+    assert not np.allclose(starts_of(4, 3.0, seed=1)[1:], starts[1:])
+    np.testing.assert_array_equal(starts_of(4, 3.0, seed=1), starts_of(4, 3.0, seed=1))
+    assert starts_of(0, 3.0, seed=0).shape == (1, 4)
+
+
+def test_bodies_are_put_down_touching_the_ground():
+    # A cube of half size 1 turned by 45 degrees about x stands on an edge, sqrt(2) below its centre.
+    corners = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=float)
+    found = lowest_point(corners, np.stack([spun(0), spun(45, (1.0, 0.0, 0.0)), spun(45)]))
+    np.testing.assert_allclose(found, [-1, -np.sqrt(2), -1])
+
+
+def test_labels_do_not_know_place_heading_or_size():
+    objects, _ = training_set(40, seed=1)
+    objects = objects.astype(np.float64)
+    moved, bigger = objects.copy(), objects.copy()
+    moved[..., :3] += [3.7, -2.2, 5.0]
+    bigger[..., :3], bigger[..., 3:] = 30 * bigger[..., :3], bigger[..., 3:] + np.log(30)
+    told = simulate(*objects, perturbations=2)
+    assert 0.3 < told["stable"].mean() < 0.9
+    assert 0.1 < told["robust"].mean() < told["stable"].mean()
+    for other in (moved, turned(objects), bigger):
+        again = simulate(*other, perturbations=2)
+        np.testing.assert_array_equal(again["stable"], told["stable"])
+        np.testing.assert_array_equal(again["robust"], told["robust"])
+
+
+def test_outcomes_are_the_same_bits_in_any_company():
+    # Sizes and masses far apart, in metres: worlds that share a solve, a warm start or a tolerance would show here.
+    objects, _ = training_set(24, seed=2)
+    objects = objects.astype(np.float64)
+    scale = np.geomspace(0.2, 5, 24)[:, None]
+    objects[..., :3] *= scale[..., None]
+    objects[..., 3:] += np.log(scale)[..., None]
+    settings = {"perturbations": 2, "normalize": False}
+    together = simulate(*objects, bodies_per_world=1000, **settings)
+    alone = [simulate(sample, bodies_per_world=1, **settings) for sample in objects]
+    same(together, {name: np.concatenate([told[name] for told in alone]) for name in together})
+    order = np.random.default_rng(0).permutation(24)
+    shuffled = simulate(*objects[order], bodies_per_world=10, **settings)
+    same({name: values[order] for name, values in together.items()}, shuffled)
+
+
+def test_bad_samples_have_unknown_outcomes_and_harm_no_others(recwarn):
+    objects, _ = training_set(6, seed=3)
+    objects = objects.astype(np.float64)
+    good = simulate(*objects)
+    objects[1, 2, 0], objects[4, :, 3:] = np.nan, -np.inf
+    told = simulate(*objects)
+    assert told["valid"].tolist() == [1, 0, 1, 1, 0, 1]
+    for name, values in told.items():
+        np.testing.assert_array_equal(values[[0, 2, 3, 5]], good[name][[0, 2, 3, 5]])
+        assert name == "valid" or np.isnan(values[[1, 4]]).all()
+    assert not recwarn
+
+
+@pytest.mark.parametrize(
+    ("far", "inertia"),
+    [(1e5, 1e-13), (0.0, -1.0), (100.0, 1e-6)],
+    ids=["leaves the numbers", "has no model", "flies off"],
+)
+def test_a_body_that_breaks_costs_no_other(far, inertia, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    half = np.full((1, 3), 0.5)
+    good = BoxSolid(np.zeros((1, 3)), half, moments=Moments(1.0, np.zeros(3), np.eye(3) / 6))
+    # No sample has such moments: hardly any inertia and a long arm.
+    bad = BoxSolid(np.array([[far, 0.0, 0.0]]), half, moments=Moments(1.0, np.zeros(3), np.eye(3) * inertia))
+    starts = starts_of(2, 3.0, seed=0)
+    ends, alone = settle([good, bad, good], starts, PHYSICS), settle([good], starts, PHYSICS)
+    assert np.isnan(ends.quaternions[1]).any()
+    np.testing.assert_array_equal(ends.quaternions[[0, 2]], alone.quaternions[[0, 0]])
+    assert not list(tmp_path.iterdir())  # no MUJOCO_LOG.TXT
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_simulation_that_leaves_the_numbers_is_unknown(monkeypatch):
+    def explode(mujoco, model, positions, velocities, steps):
+        raise stability_world.Unstable
+
+    monkeypatch.setattr(stability_world, "_run", explode)
+    told = simulate(boxes((0, 0, 0.1, 0.5, 0.5, 0.1)))
+    assert told["valid"].tolist() == [0]
+    assert np.isnan(told["stable"]).all()
+
+
+def test_a_body_that_flew_off_is_unknown(monkeypatch):
+    def fly(mujoco, model, positions, velocities, steps):
+        return positions + [0, 0, 100, 0, 0, 0, 0], velocities
+
+    monkeypatch.setattr(stability_world, "_run", fly)
+    assert simulate(boxes((0, 0, 0.1, 0.5, 0.5, 0.1)))["valid"].tolist() == [0]
+
+
+def test_loose_parts_are_told_of_and_may_count_as_fallen():
+    loose = boxes((0, 0, 0.5, 0.5, 0.5, 0.5), (0, 0, 2.5, 0.5, 0.5, 0.5))
+    welded, failed = (simulate(loose, disconnected=how) for how in ("weld", "fail"))
+    assert (welded["components"], welded["stable"]) == (2, 1)
+    assert (failed["components"], failed["stable"], failed["tilt_deg"], failed["valid"]) == (2, 0, 180, 1)
+
+
+def test_voxels_stand_and_fall():
+    table, hook = np.zeros((2, 16, 16, 16))
+    table[4:12, 4:12, 6] = 1
+    for x, y in ((4, 4), (4, 11), (11, 4), (11, 11)):
+        table[x, y, 0:6] = 1
+    hook[2:4, 7:9, 0:12], hook[2:14, 7:9, 12:14] = 1, 1
+    hook[15, 15, 15] = 1  # a speck: dropped
+    told = simulate(table, hook, np.zeros((16, 16, 16)), kind="voxels", perturbations=0)
+    np.testing.assert_array_equal(told["stable"], [1, 0, np.nan])
+    np.testing.assert_array_equal(told["components"], [1, 2, np.nan])
+    assert StabilitySimulator(kind="voxels").settings["disconnected"] == "largest"
+
+
+def prism(half, lean=(0.0, 0.0)):
+    """A box whose top is pushed aside: half sizes, and by how much per height."""
+    corners = np.array(half) * [[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]
+    corners[:, :2] += np.array(lean) * corners[:, 2:]
+    quads = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
+    return corners, np.array([triangle for a, b, c, d in quads for triangle in ((a, b, c), (a, c, d))])
+
+
+def test_leaning_prisms_fall_where_their_middle_is_past_the_edge():
+    generator = np.random.default_rng(0)
+    halves, leans = generator.uniform(0.1, 0.3, (20, 3)), generator.uniform(-1, 1, (20, 2))
+    meshes = [prism(half, lean) for half, lean in zip(halves, leans, strict=True)]
+    # The centre of mass is half way up, so |lean| times the half height off the middle of the foot.
+    room = (halves[:, :2] - np.abs(leans) * halves[:, 2:]).min(1) / halves[:, 2]
+    clear = np.abs(room) > 0.02
+    assert clear.sum() >= 15
+    assert 5 <= (room[clear] > 0).sum() <= clear.sum() - 5
+    turn = np.radians(37)
+    yaw = np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
+    for variant in (meshes, [(v @ yaw.T + [5, 3, -2], f) for v, f in meshes]):
+        told = StabilitySimulator("meshes", perturbations=0).simulate(variant)
+        np.testing.assert_array_equal((told["tilt_deg"] < 5)[clear], room[clear] > 0)
+        assert told["watertight"].all()
+
+
+def test_meshes_are_the_same_bits_in_any_company_and_bad_ones_harm_no_others():
+    meshes = [prism((0.5, 0.5, 1.5), (lean, 0)) for lean in (0, 0.2, 0.3, 0.5)]
+    corners, faces = meshes[0]
+    meshes[1:1] = [(corners, faces[2:]), "no mesh", (corners[:, :2], faces)]
+    together = StabilitySimulator("meshes", bodies_per_world=100, open_mesh="fail").simulate(meshes)
+    assert together["valid"].tolist() == [1, 0, 0, 0, 1, 1, 1]
+    for row in (0, 4, 5, 6):
+        alone = StabilitySimulator("meshes").simulate([meshes[row]])
+        same(alone, {name: values[[row]] for name, values in together.items()})
+    hull = StabilitySimulator("meshes").simulate(meshes[1:2])
+    assert (hull["valid"], hull["watertight"], hull["stable"]) == (1, 0, 1)
+
+
+def test_settings_are_json_and_say_what_decides_a_label():
+    simulator = StabilitySimulator(perturbations=2, seed=5)
+    settings = dict(simulator.settings)
+    assert json.loads(json.dumps(settings)) == settings
+    wanted = {"mujoco", "kind", "timestep", "seconds", "step_budget", "integrator", "threshold_deg", "perturbations"}
+    assert wanted | {"perturbation_deg", "inertia", "disconnected", "normalize", "seed", "friction"} <= settings.keys()
+    assert (simulator.proxy, simulator.gold) == ("stable", "robust")
+    assert {simulator.proxy, simulator.gold} <= simulator.simulate(np.zeros((1, 1, 6))).keys()
+
+
+def test_an_empty_batch_has_all_outcomes():
+    full, empty = simulate(boxes((0, 0, 0.1, 0.5, 0.5, 0.1))), StabilitySimulator().simulate(np.zeros((0, 5, 6)))
+    assert empty.keys() == full.keys()
+    assert all(values.shape == (0,) for values in empty.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"kind": "balls"}, "`kind` must be one of boxes, voxels, meshes"),
+        ({"integrator": "verlet"}, "`integrator`"),
+        ({"timestep": 0.001, "seconds": 10.0}, "raise the budget"),
+        ({"perturbations": -1}, "`perturbations`"),
+        ({"perturbation_deg": 0.0}, "`perturbation_deg`"),
+        ({"bodies_per_world": 0}, "`bodies_per_world`"),
+        ({"job_seconds": 0.0}, "`job_seconds`"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, match):
+    with pytest.raises(ValueError, match=match):
+        StabilitySimulator(**settings)
+
+
+def test_a_batch_of_the_wrong_shape_is_refused():
+    with pytest.raises(ValueError, match=r"needs samples \[B, boxes, 6\], got shape \(5, 6\)"):
+        StabilitySimulator().simulate(np.zeros((5, 6)))
+    with pytest.raises(ValueError, match="needs samples"):
+        StabilitySimulator("voxels").simulate(np.zeros((5, 16, 16)))
+
+
+def test_missing_mujoco_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    with pytest.raises(ImportError, match=r'pip install "rlalign\[sim\]"'):
+        StabilitySimulator()
+
+
+def test_old_mujoco_is_refused(monkeypatch):
+    monkeypatch.setattr("mujoco.__version__", "3.3.5")
+    with pytest.raises(ImportError, match=r"MuJoCo >= 3\.3\.6, got 3\.3\.5"):
+        StabilitySimulator()
