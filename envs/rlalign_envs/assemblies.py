@@ -5,7 +5,7 @@ the boxes is fixed within a class (a table is its top, then its four legs). What
 weight is, seen from where they touch the ground: legs off the middle, a long arm, a leaning stack.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -49,13 +49,16 @@ def training_set(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def measure(
-    objects: np.ndarray, labels: np.ndarray, *, reference: tuple[np.ndarray, np.ndarray] | None = None
+    objects: np.ndarray,
+    labels: np.ndarray | Sequence[int | str],
+    *,
+    reference: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray | float]:
     """Measure what a reward may destroy while it rises: likeness to the data, variety, honest shapes.
 
     Args:
         objects: [B, 5, 6]. An object with a number that is not finite gets NaN everywhere.
-        labels: Its class, [B].
+        labels: Their classes, [B]: indices or names.
         reference: Objects and labels to compare with; None draws held-out ones of the same procedure.
 
     Returns:
@@ -64,7 +67,7 @@ def measure(
         diversity: One number: distance between two objects of a class, averaged over its pairs, then over the classes.
         base_area_ratio: [B]: area of the smallest rectangle around everything that touches the ground, divided by its
             mean over the reference objects of the class. Well above 1: stability is bought with base plates.
-        volume: [B]: sum of the boxes' volumes; where boxes overlap both count, as in the simulated mass.
+        volume: [B]: sum of the boxes' volumes; where boxes overlap both count.
         components: [B]: connected pieces, 1 in the data.
     """
     objects, labels = _checked(objects, labels)
@@ -121,14 +124,15 @@ def components(objects: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(low).all((1, 2)), count, np.nan)
 
 
-def _checked(objects: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    objects, labels = np.asarray(objects, dtype=np.float64), np.asarray(labels)
-    if objects.ndim != 3 or objects.shape[1:] != (BOXES, 6) or labels.shape != objects.shape[:1]:
+def _checked(objects: np.ndarray, labels: np.ndarray | Sequence[int | str]) -> tuple[np.ndarray, np.ndarray]:
+    objects = np.asarray(objects, dtype=np.float64)
+    indices = np.array([CLASSES.index(label) if isinstance(label, str) else int(label) for label in labels], dtype=int)
+    if objects.ndim != 3 or objects.shape[1:] != (BOXES, 6) or len(indices) != len(objects):
         raise ValueError(
-            f"expected objects [B, {BOXES}, 6] and labels [B], got {objects.shape} and {labels.shape}; "
+            f"expected objects [B, {BOXES}, 6] and a label for each, got {objects.shape} and {len(indices)} labels; "
             "pass the pipeline's `np` output, not its latents."
         )
-    return objects, labels
+    return objects, indices
 
 
 def _blank(objects: np.ndarray) -> np.ndarray:

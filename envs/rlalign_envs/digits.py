@@ -59,9 +59,9 @@ def pictures(samples: np.ndarray) -> np.ndarray:
 
 
 class DigitJudge:
-    """The weak judge as a proxy and the strong one as gold; a simulator for the trainers, and a reward function.
+    """The weak judge as a proxy and the strong one as gold, as a simulator.
 
-    Pixels are cut to [-1, 1] before they are judged, as an image file would cut them.
+    It fits where samples alone are judged; to reward the digit that was asked for, use the function `margin`. Pixels are cut to [-1, 1] before they are judged, as an image file would cut them.
     """
 
     proxy, gold = "margin", "gold"
@@ -106,13 +106,14 @@ class DigitJudge:
             outcomes["gold"][known] = self._strong.predict(pixels[known]) == wanted
         return outcomes
 
-    def __call__(self, samples: np.ndarray, prompts: Sequence[int | str], **columns: Any) -> list[float | None]:
-        """Reward images by the margin for the digit that `prompts` asks for; None where it is unknown."""
-        margins = self.simulate(samples, prompts)["margin"]
-        return [float(margin) if np.isfinite(margin) else None for margin in margins]
-
     def close(self) -> None:
         """There is nothing to give back."""
+
+
+def margin(samples: np.ndarray, prompts: Sequence[int | str], **columns: Any) -> list[float | None]:
+    """Reward images by the weak judge's margin for the digit that `prompts` asks for; None where it is unknown."""
+    found = DigitJudge().simulate(samples, prompts)["margin"]
+    return [float(value) if np.isfinite(value) else None for value in found]
 
 
 def measure(

@@ -48,10 +48,10 @@ class StabilitySimulator:
             taken at its word: big objects fall slowly, tiny ones are below what MuJoCo's contacts can tell.
         thinnest: Boxes with a half size below this share of the largest extent are made that thick, counted in
             `clipped`.
-        gap: Boxes at most this share of the largest extent apart are connected. It moves nothing, but decides `components`.
+        gap: Boxes at most this share of the largest extent apart are connected, which decides `components`.
         inertia: Mass of meshes: `exact` (the enclosed volume; surfaces that overlap count twice), or `hull`. DSO uses
             what MuJoCo now calls `legacy`, which misplaces the centre of mass of concave meshes.
-        open_mesh: A mesh that encloses no volume, or whose faces are not turned to one side: `hull` gives it the mass of its convex
+        open_mesh: A mesh with open edges, or with faces not turned to one side: `hull` gives it the mass of its convex
             hull, `fail` leaves its outcome unknown.
         bodies_per_world: Copies simulated in one world; decides speed only.
         workers: Processes; 0 simulates in this one. Scripts need their code under `if __name__ == "__main__":`.
@@ -157,7 +157,7 @@ class StabilitySimulator:
             ValueError: The batch as a whole has the wrong shape.
         """
         self._check(samples)
-        jobs = [samples[at : at + self._per_job] for at in range(0, len(samples), self._per_job)]
+        jobs = [list(samples[at : at + self._per_job]) for at in range(0, len(samples), self._per_job)]
         found = self._in_workers(jobs) if self._workers else [find_out(self.recipe, job) for job in jobs]
         found.append(unknown(0, 1 + self.recipe.perturbations))  # so that an empty batch has all outcomes
         outcomes = outcomes_of(np.concatenate([f.quaternions for f in found]), threshold_deg=self.recipe.threshold_deg)
@@ -169,7 +169,7 @@ class StabilitySimulator:
         if self._workers:
             self._workers.close()
 
-    def _in_workers(self, jobs: list[Any]) -> list[Found]:
+    def _in_workers(self, jobs: list[list[Any]]) -> list[Found]:
         assert self._workers is not None
         found, lost = self._workers.run(jobs)
         if lost:

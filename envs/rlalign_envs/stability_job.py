@@ -56,10 +56,10 @@ class Recipe:
                 raise ValueError(f"`{name}` must be >= 0, got {self.__dict__[name]}.")
         if not 0 < self.perturbation_deg < 90:
             raise ValueError(f"`perturbation_deg` must be between 0 and 90, got {self.perturbation_deg}.")
-        if self.step_budget < round(self.seconds / self.timestep):
+        if self.step_budget < (steps := round(self.seconds / self.timestep)):
             raise ValueError(
-                f"`seconds`={self.seconds} at `timestep`={self.timestep} are {round(self.seconds / self.timestep)} steps, "
-                f"more than `step_budget`={self.step_budget}: raise the budget."
+                f"`seconds`={self.seconds} at `timestep`={self.timestep} are {steps} steps, more than "
+                f"`step_budget`={self.step_budget}: raise the budget."
             )
 
     def solid(self, sample: Any) -> Solid:

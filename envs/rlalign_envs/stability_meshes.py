@@ -114,7 +114,7 @@ class _Surface:
     def moments(self) -> Moments:
         """Sum over tetrahedra from the middle to each face, signed: exact for a closed surface.
 
-            V = sum det / 6,    integral of x x^T = sum det / 120 (a a^T + b b^T + c c^T + s s^T),  s = a + b + c
+        V = sum det / 6,    integral of x x^T = sum det / 120 (a a^T + b b^T + c c^T + s s^T),  s = a + b + c
         """
         middle = self.vertices.mean(0)
         corners = self.vertices[self.faces] - middle

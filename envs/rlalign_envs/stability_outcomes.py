@@ -39,16 +39,16 @@ def outcomes_of(quaternions: Array, *, threshold_deg: float) -> dict[str, NDArra
         quaternions: Final orientations [n, 1 + k, 4]; a body with a NaN anywhere has NaN outcomes.
         threshold_deg: A body stands if its tilt is below.
     """
-    known = np.isfinite(quaternions).all((1, 2))
+    known: NDArray[np.bool_] = np.isfinite(quaternions).all((1, 2))
     tilts = np.where(known[:, None], tilt_degrees(quaternions), np.nan)
-    stands = np.where(known[:, None], tilts < threshold_deg, np.nan)
+    stands = np.where(known[:, None], (tilts < threshold_deg).astype(np.float64), np.nan)
     return {
         "tilt_deg": tilts[:, 0],
         "rotation_deg": np.where(known, rotation_degrees(quaternions[:, 0]), np.nan),
         "stable": stands[:, 0],
-        "robust": stands.min(1),
+        "robust": np.asarray(stands.min(1)),
         "robust_share": stands.mean(1),
-        "robust_tilt_deg": tilts.max(1),
+        "robust_tilt_deg": np.asarray(tilts.max(1)),
         "graded": np.exp(-((tilts / threshold_deg) ** 2)).mean(1),
         "valid": known.astype(np.float64),
     }

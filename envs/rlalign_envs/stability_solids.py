@@ -1,4 +1,4 @@
-"""What is simulated: one rigid body of welded boxes or of one mesh, its mass, and why a sample may be no body at all."""
+"""What is simulated: one rigid body of welded boxes or of a mesh, and its mass; a sample may also be no body at all."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,8 @@
 """EnvPool's environments as a Gymnasium vector environment that can be seeded again."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from gymnasium.vector import VectorEnv, VectorWrapper
@@ -25,9 +26,7 @@ class SeededPool(VectorWrapper):
         self.make = {"task_id": env_id, "env_type": "gymnasium", "num_envs": count, **settings}
         self.seed, self.begun = seed, False
         super().__init__(self._pool())
-        with warnings.catch_warnings():
-            # Its bounds are doubles, which Gymnasium's float spaces round, each time they are asked for.
-            warnings.filterwarnings("ignore", message=".*precision lowered by casting")
+        with _rounding():
             self.single_observation_space = self.env.single_observation_space
             self.observation_space = self.env.observation_space
             self.single_action_space = self.env.single_action_space
@@ -39,11 +38,21 @@ class SeededPool(VectorWrapper):
             self.seed = seed
             self.env = self._pool()
         self.begun = True
-        return self.env.reset(options=options)
+        with _rounding():
+            return self.env.reset(options=options)
 
     def _pool(self) -> VectorEnv:
         try:
             import envpool
         except ImportError as error:
             raise ConfigError("`env.vectorization: envpool` needs it: pip install envpool.") from error
-        return envpool.make(seed=self.seed, **self.make)
+        with _rounding():
+            return envpool.make(seed=self.seed, **self.make)
+
+
+@contextmanager
+def _rounding() -> Iterator[None]:
+    """EnvPool's bounds are doubles, and Gymnasium warns each time that it rounds them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*precision lowered by casting")
+        yield

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from rlalign.agents.config import EnvConfig
+from rlalign.agents.config import EnvConfig, PPOConfig
 from rlalign.agents.envs import Environments, make_environments
+from rlalign.agents.surroundings import played
 from rlalign.config import ConfigError
 from tests.agents.tiny_environments import ANY, MODES, AnySpaces, scripted
 
@@ -203,16 +204,69 @@ def test_what_cannot_be_made_is_a_config_error(settings, message):
         make_environments(EnvConfig(**settings), seed=0)
 
 
-def test_envpool_copies():
+def test_envpool_copies_restart_at_the_next_step_and_are_cut_where_the_config_says():
     pytest.importorskip("envpool")
-    envs = make_environments(EnvConfig(id="CartPole-v1", vectorization="envpool", num_envs=2), seed=0)
+    cfg = EnvConfig(id="CartPole-v1", vectorization="envpool", num_envs=2, max_episode_steps=3)
+    envs = make_environments(cfg, seed=0)
     envs.reset()
-    step = envs.step(np.zeros(2, dtype=np.int64))
-    assert step.rewards.tolist() == [1.0, 1.0]
+    steps = [envs.step(np.array([turn % 2] * 2)) for turn in range(5)]
+    assert [step.truncated.all() for step in steps] == [False, False, True, False, False]
+    assert [step.real.all() for step in steps] == [True, True, True, False, True]
+    assert [step.rewards.tolist() for step in steps] == [[1.0, 1.0]] * 3 + [[0.0, 0.0], [1.0, 1.0]]
+
+
+def test_envpool_copies_can_be_seeded_again_and_come_back():
+    pytest.importorskip("envpool")
+    cfg = EnvConfig(id="CartPole-v1", vectorization="envpool", num_envs=2)
+    envs, again = make_environments(cfg, seed=0), make_environments(cfg, seed=0)
+    one, other, same = (envs.reset(seeds=seed).copy() for seed in (5, 6, 5))
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+    envs.reset()
+    for turn in range(30):
+        envs.step(np.array([turn % 2, 1]))
+    again.load_state_dict(envs.state_dict())
+    for turn in range(20):
+        here, there = envs.step(np.array([turn % 2, 0])), again.step(np.array([turn % 2, 0]))
+        assert np.array_equal(here.observation, there.observation)
+        assert here.real.tolist() == there.real.tolist()
+
+
+def test_an_id_that_envpool_does_not_have_is_a_config_error():
+    pytest.importorskip("envpool")
+    with pytest.raises(ConfigError, match="CartPoll-v1 is not supported"):
+        make_environments(EnvConfig(id="CartPoll-v1", vectorization="envpool"), seed=0)
+
+
+def test_a_namespace_nobody_registered_says_how_to_name_its_module():
+    with pytest.raises(ConfigError, match="`module:Id-v0`"):
+        make_environments(EnvConfig(id="NoSuchGames/Pong-v5"), seed=0)
+
+
+ATARI = EnvConfig(id="ale_py:ALE/Pong-v5", vectorization="native", num_envs=2, kwargs={"stack_num": 3})
 
 
 def test_atari_copies():
     pytest.importorskip("ale_py")
-    envs = make_environments(EnvConfig(id="ale_py:ALE/Pong-v5", vectorization="native", num_envs=2), seed=0)
-    assert envs.reset().dtype == np.uint8
+    envs = make_environments(ATARI, seed=0)
+    first = envs.reset(seeds=[3, 4]).copy()
+    assert (first.dtype, first.shape) == (np.uint8, (2, 3, 84, 84))
     assert envs.step(np.zeros(2, dtype=np.int64)).real.all()
+    assert np.array_equal(envs.reset(seeds=[3, 4]), first)
+
+
+def test_atari_is_evaluated_as_it_is_learned_but_for_its_own_score():
+    pytest.importorskip("ale_py")
+    config = PPOConfig(env=ATARI)
+    cfg = played(config, make_environments(ATARI, seed=0))
+    assert (cfg.vectorization, cfg.kwargs) == (
+        "native",
+        {"stack_num": 3, "reward_clipping": False, "episodic_life": False},
+    )
+    assert make_environments(cfg, seed=0, num_envs=1).observation_space.shape == (3, 84, 84)
+
+
+def test_a_vector_form_that_shows_the_same_is_evaluated_copy_by_copy():
+    config = PPOConfig(env=EnvConfig(id="CartPole-v1", vectorization="native", num_envs=2))
+    cfg = played(config, make_environments(config.env, seed=0))
+    assert (cfg.vectorization, cfg.id, cfg.kwargs) == ("sync", "CartPole-v1", {})

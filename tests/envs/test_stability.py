@@ -1,7 +1,9 @@
 """The stability simulator: what must stand stands, what must fall falls, and nothing depends on the company."""
 
+import ast
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from rlalign_envs import stability_world
 from rlalign_envs.assemblies import training_set
 from rlalign_envs.stability import StabilitySimulator
-from rlalign_envs.stability_outcomes import outcomes_of, rotation_degrees, starts_of, tilt_degrees
+from rlalign_envs.stability_outcomes import starts_of
 from rlalign_envs.stability_solids import BoxSolid, Moments
 from rlalign_envs.stability_world import Physics, lowest_point, settle
 
@@ -38,11 +40,6 @@ def turned(sample):
     out[..., 0], out[..., 1] = -sample[..., 1], sample[..., 0]
     out[..., 3], out[..., 4] = sample[..., 4], sample[..., 3]
     return out
-
-
-def spun(angle_deg, axis=(0.0, 0.0, 1.0)):
-    half = np.radians(angle_deg) / 2
-    return np.array([np.cos(half), *(np.sin(half) * np.array(axis))])
 
 
 def test_slab_stands_and_a_pin_falls_when_tilted():
@@ -78,69 +75,34 @@ def test_a_tall_box_tips_at_the_angle_of_its_diagonal(degrees, robust):
 
 
 def test_a_slow_fall_is_seen_to_its_end():
-    # The common centre of mass is 1 % beyond the edge: after 0.4 s it has hardly moved.
-    sample = boxes((0, 0, 0.5, 0.1, 0.1, 0.5), (0.202, 0, 1.1, 0.3, 0.1, 0.1))
+    # Two equal masses, 0.206 apart: their middle is 0.003 beyond the edge at 0.1, and has hardly moved after 0.4 s.
+    sample = boxes((0, 0, 0.5, 0.1, 0.1, 0.5), (0.206, 0, 1 + 1 / 6, 0.3, 0.1, 1 / 6))
     patient = simulate(sample, perturbations=0)
     assert (patient["stable"], patient["settled"]) == (0, 1)
     hasty = simulate(sample, perturbations=0, seconds=0.4, step_budget=40)
     assert (hasty["stable"], hasty["settled"]) == (1, 0)
 
 
-def test_tilt_is_blind_to_spin_and_rotation_is_not():
-    spin, lean = spun(70), spun(30, (1.0, 0.0, 0.0))
-    assert tilt_degrees(np.stack([spin, lean])) == pytest.approx([0, 30], abs=1e-9)
-    assert rotation_degrees(np.stack([spin, lean, -spin])) == pytest.approx([70, 30, 70])
-    told = outcomes_of(spin[None, None], threshold_deg=20.0)
-    assert (told["stable"], told["rotation_deg"]) == (1, pytest.approx(70))
-
-
-def test_tilt_is_the_angle_of_the_body_axis():
-    generator = np.random.default_rng(0)
-    quaternions = generator.normal(size=(50, 4))
-    quaternions /= np.linalg.norm(quaternions, axis=1, keepdims=True)
-    w, x, y, z = quaternions.T
-    np.testing.assert_allclose(tilt_degrees(quaternions), np.degrees(np.arccos(w**2 - x**2 - y**2 + z**2)), rtol=1e-9)
-
-
-def test_outcomes_by_hand():
-    # Tilts 0, 10, 20 and 40 against a threshold of 20: below are two of four.
-    quaternions = np.stack([spun(angle, (0.0, 1.0, 0.0)) for angle in (0, 10, 20.0001, 40)])[None]
-    told = outcomes_of(quaternions, threshold_deg=20.0)
-    assert (told["stable"], told["robust"], told["robust_share"]) == (1, 0, 0.5)
-    assert told["robust_tilt_deg"] == pytest.approx(40)
-    graded = (1 + np.exp(-0.25) + np.exp(-1) + np.exp(-4)) / 4
-    assert told["graded"] == pytest.approx(graded, abs=1e-5)
-
-
-def test_starts_are_upright_and_evenly_tilted():
-    starts = starts_of(4, 3.0, seed=0)
-    assert tilt_degrees(starts) == pytest.approx([0, 3, 3, 3, 3])
-    w, x, y, z = starts.T
-    axis = np.stack([2 * (x * z + w * y), 2 * (y * z - w * x)], -1)  # where the body's z axis points
-    np.testing.assert_allclose(axis[1:], np.sin(np.radians(3)) * np.array([[1, 0], [0, 1], [-1, 0], [0, -1]]), atol=1e-12)
-    assert not np.allclose(starts_of(4, 3.0, seed=1)[1:], starts[1:])
-    np.testing.assert_array_equal(starts_of(4, 3.0, seed=1), starts_of(4, 3.0, seed=1))
-    assert starts_of(0, 3.0, seed=0).shape == (1, 4)
-
-
 def test_bodies_are_put_down_touching_the_ground():
     # A cube of half size 1 turned by 45 degrees about x stands on an edge, sqrt(2) below its centre.
     corners = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=float)
-    found = lowest_point(corners, np.stack([spun(0), spun(45, (1.0, 0.0, 0.0)), spun(45)]))
+    eighth = np.radians(45) / 2
+    about_x, about_z = np.array([[np.cos(eighth), np.sin(eighth), 0, 0], [np.cos(eighth), 0, 0, np.sin(eighth)]])
+    found = lowest_point(corners, np.stack([UPRIGHT[0], about_x, about_z]))
     np.testing.assert_allclose(found, [-1, -np.sqrt(2), -1])
 
 
 def test_labels_do_not_know_place_heading_or_size():
-    objects, _ = training_set(40, seed=1)
+    objects, _ = training_set(24, seed=1)
     objects = objects.astype(np.float64)
     moved, bigger = objects.copy(), objects.copy()
     moved[..., :3] += [3.7, -2.2, 5.0]
     bigger[..., :3], bigger[..., 3:] = 30 * bigger[..., :3], bigger[..., 3:] + np.log(30)
-    told = simulate(*objects, perturbations=2)
+    told = simulate(*objects)
     assert 0.3 < told["stable"].mean() < 0.9
     assert 0.1 < told["robust"].mean() < told["stable"].mean()
     for other in (moved, turned(objects), bigger):
-        again = simulate(*other, perturbations=2)
+        again = simulate(*other)
         np.testing.assert_array_equal(again["stable"], told["stable"])
         np.testing.assert_array_equal(again["robust"], told["robust"])
 
@@ -149,7 +111,7 @@ def test_outcomes_are_the_same_bits_in_any_company():
     # Sizes and masses far apart, in metres: worlds that share a solve, a warm start or a tolerance would show here.
     objects, _ = training_set(24, seed=2)
     objects = objects.astype(np.float64)
-    scale = np.geomspace(0.2, 5, 24)[:, None]
+    scale = np.geomspace(0.01, 100, 24)[:, None]
     objects[..., :3] *= scale[..., None]
     objects[..., 3:] += np.log(scale)[..., None]
     settings = {"perturbations": 2, "normalize": False}
@@ -277,6 +239,28 @@ def test_settings_are_json_and_say_what_decides_a_label():
     assert wanted | {"perturbation_deg", "inertia", "disconnected", "normalize", "seed", "friction"} <= settings.keys()
     assert (simulator.proxy, simulator.gold) == ("stable", "robust")
     assert {simulator.proxy, simulator.gold} <= simulator.simulate(np.zeros((1, 1, 6))).keys()
+
+
+@pytest.mark.parametrize("integrator", ["implicitfast", "implicit", "euler", "rk4"])
+def test_integrators(integrator):
+    told = simulate(boxes((0, 0, 0.1, 0.5, 0.5, 0.1)), boxes((0, 0, 1, 0.02, 0.02, 1)), integrator=integrator)
+    assert told["robust"].tolist() == [1, 0]
+
+
+def test_nothing_heavy_is_imported_with_the_modules():
+    for path in Path(stability_world.__file__).parent.glob("stability*.py"):
+        found = {name.split(".")[0] for name in imports_of(path)}
+        assert found.isdisjoint({"mujoco", "torch", "rlalign", "scipy", "trimesh"}), path.name
+
+
+def imports_of(path):
+    """Modules imported when this one is: those at its top level."""
+    for node in ast.parse(path.read_text()).body:
+        match node:
+            case ast.Import():
+                yield from (alias.name for alias in node.names)
+            case ast.ImportFrom():
+                yield str(node.module)
 
 
 def test_an_empty_batch_has_all_outcomes():

@@ -1,4 +1,4 @@
-"""Bodies of the stability simulator: mass by hand arithmetic and by MuJoCo, thin, overlapping and loose parts, meshes."""
+"""Bodies of the stability simulator: mass by hand and by MuJoCo, thin, overlapping and loose parts, meshes."""
 
 from types import SimpleNamespace
 
