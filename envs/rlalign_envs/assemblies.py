@@ -76,7 +76,8 @@ def measure(
     if missing:
         raise ValueError(f"`reference` holds no object of class {missing}; it needs some of every class measured.")
     fine = np.isfinite(objects).all((1, 2))
-    scale = known.std((0, 1)) + 1e-8
+    spread_of_data = known.std((0, 1))
+    scale = np.where(spread_of_data > 1e-6, spread_of_data, 1.0)  # what never varies counts in its own unit
     distance, base = np.full((2, len(objects)), np.nan)
     spread = []
     for label in np.unique(labels):
@@ -126,6 +127,9 @@ def components(objects: np.ndarray) -> np.ndarray:
 
 def _checked(objects: np.ndarray, labels: np.ndarray | Sequence[int | str]) -> tuple[np.ndarray, np.ndarray]:
     objects = np.asarray(objects, dtype=np.float64)
+    unknown = [label for label in labels if label not in CLASSES and label not in range(len(CLASSES))]
+    if unknown:
+        raise ValueError(f"`labels` holds {unknown[0]!r}; the classes are {', '.join(CLASSES)}, or 0 to 4.")
     indices = np.array([CLASSES.index(label) if isinstance(label, str) else int(label) for label in labels], dtype=int)
     if objects.ndim != 3 or objects.shape[1:] != (BOXES, 6) or len(indices) != len(objects):
         raise ValueError(

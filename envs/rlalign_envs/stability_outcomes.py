@@ -39,7 +39,7 @@ def outcomes_of(quaternions: Array, *, threshold_deg: float) -> dict[str, NDArra
         quaternions: Final orientations [n, 1 + k, 4]; a body with a NaN anywhere has NaN outcomes.
         threshold_deg: A body stands if its tilt is below.
     """
-    known: NDArray[np.bool_] = np.isfinite(quaternions).all((1, 2))
+    known = np.asarray(np.isfinite(quaternions).all((1, 2)))
     tilts = np.where(known[:, None], tilt_degrees(quaternions), np.nan)
     stands = np.where(known[:, None], (tilts < threshold_deg).astype(np.float64), np.nan)
     return {

@@ -137,9 +137,9 @@ def _speed(velocities: Array, sizes: Array) -> Array:
 def _compile(mujoco: ModuleType, solids: Sequence[Solid], owner: NDArray[np.int64], physics: Physics) -> Any:
     """Build a world of one free body per entry of `owner`, all above the origin; they touch the plane only.
 
-    MuJoCo couples bodies that never touch in four ways, each of which is off here: rounding of where they stand (all
-    stand at the origin), one constraint solve for all (islands, its default), the choice of the solver's warm start
-    and the layout of its matrices, which depend on the whole world, and the mean inertia in the solver's tolerance.
+    MuJoCo couples bodies that never touch, in ways that are off here: rounding of where they stand (all stand at the
+    origin), one constraint solve for all (islands, its default), the choice of the solver's warm start, and the layout
+    of its matrices, which is chosen by the size of the world.
     """
     spec = mujoco.MjSpec()
     spec.option.timestep = physics.timestep
@@ -163,6 +163,7 @@ def _compile(mujoco: ModuleType, solids: Sequence[Solid], owner: NDArray[np.int6
         model = spec.compile()
     except ValueError as error:  # a body MuJoCo refuses
         raise Unbuildable(str(error)) from error
+    # Documented as a factor of the solver's tolerance, and a mean over the world.
     model.stat.meaninertia = 1.0
     return model
 

@@ -26,7 +26,7 @@ from rlalign.advantages.config import (
     ReinforcePlusPlus,
     ReinforcePlusPlusBaseline,
 )
-from rlalign.advantages.metrics import advantage_metrics, beta_metrics
+from rlalign.advantages.metrics import advantage_metrics, advantage_rms, beta_metrics
 from rlalign.advantages.per_prompt import PerPromptEstimator
 from rlalign.advantages.requirements import (
     constant,
@@ -118,7 +118,7 @@ class GAEEstimator(Stateless):
             mask=rollout.mask,
         )
         advantages = torch.where(rollout.scored[:, None], advantages, 0.0)
-        self.metrics = advantage_metrics(advantages, rollout)
+        self.metrics = {"advantage/rms": advantage_rms(advantages, rollout)}
         return TrainBatch.from_rollout(rollout, advantages, returns=advantages + rollout.values)
 
 

@@ -19,14 +19,18 @@ def advantage_metrics(
         whole: One advantage per rollout where the estimator makes one: a group whose decisions are all masked still
             has signal in its baseline. None: the largest over the rollout's decisions counts.
     """
-    rms = masked_mean(advantages.double() ** 2, rollout.mask).sqrt()
     size = advantages.abs().amax(1) if whole is None else whole.abs()
     live = live_groups(size, rollout.group)
     return {
-        "advantage/rms": float(rms),
+        "advantage/rms": advantage_rms(advantages, rollout),
         "advantage/group_signal_frac": float(live.double().mean()),
         "advantage/groups_without_signal": float((~live).sum()),
     }
+
+
+def advantage_rms(advantages: Float[Tensor, "batch time"], rollout: Rollout) -> float:
+    """Root mean square over the real decisions."""
+    return float(masked_mean(advantages.double() ** 2, rollout.mask).sqrt())
 
 
 def live_groups(advantages: Float[Tensor, " batch"], group: Int[Tensor, " batch"]) -> Bool[Tensor, " groups"]:

@@ -10,6 +10,7 @@ import torch
 from gymnasium.vector import VectorEnv
 
 from rlalign.agents.config import AgentConfig
+from rlalign.agents.consistency import check_settings
 from rlalign.agents.contract import Contract, Metrics
 from rlalign.agents.envs import Environments, make_environments
 from rlalign.agents.evaluate import Evaluator, summary
@@ -19,7 +20,7 @@ from rlalign.agents.spaces import MASK, Observation, batched, is_single, require
 from rlalign.agents.surroundings import (
     check_device,
     check_given,
-    played,
+    play_config,
     session_of,
     training_environments,
     with_total,
@@ -95,18 +96,19 @@ class Agent(Contract):
         callback: Callable[[int, Metrics], None] | None,
         config_text: str | None,
     ) -> None:
+        if vector is not None:
+            config = replace(config, env=replace(config.env, num_envs=vector.num_envs))
         self.config, self.callback, self.run_dir, self.config_text = config, callback, run_dir, config_text
         self.dataset, self.foreign = dataset, vector is not None
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        check_settings(config)
         check_device(config.device)
         seed_everything(config.seed)
         self.environments = training_environments(config, vector)
         if self.environments is None and self.needs_env:
             raise ConfigError(f"{type(self).__name__} needs an environment: set `env.id`, or pass `env=`.")
-        self.play_config = played(config, self.environments)
-        if vector is not None:
-            self.config = config = replace(config, env=replace(config.env, num_envs=vector.num_envs))
+        self.play_config = play_config(config, self.environments)
         self.timer = IterationTimer("env_steps" if "total_env_steps" in hints_of(type(config)) else "updates")
         self.clock_watch = self.timer.phases
         self.acting = generator(config.seed, "acting")

@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.utils.env_checker import check_env, data_equivalence
 
+from rlalign.agents.consistency import unregistered
 from rlalign.agents.spaces import ActionInterface, ObservationParts
 from rlalign.config import ConfigError
 from rlalign.training.metric_names import format_duration
@@ -83,7 +84,7 @@ def _made(env_id: str, kwargs: Mapping[str, Any]) -> gym.Env:
     try:
         return gym.make(env_id, disable_env_checker=True, **kwargs)
     except Exception as error:  # whatever an environment's own code raises when it is made
-        raise ConfigError(f"{env_id}: {type(error).__name__}: {_sentence(error)}") from error
+        raise ConfigError(f"{env_id}: {type(error).__name__}: {_sentence(error)}{unregistered(error)}") from error
 
 
 def _spaces(env: gym.Env, report: EnvironmentReport) -> bool:
@@ -235,10 +236,15 @@ def _replay(env_id: str, kwargs: Mapping[str, Any], report: EnvironmentReport) -
 
 def _suits(env: gym.Env, report: EnvironmentReport) -> None:
     continuous = isinstance(env.action_space, gym.spaces.Box)
-    online = ["ppo", "trpo", "policy_gradient_agent"]
-    offline = ["hnpg", "bc", "iql", "odice", *(["td3_bc"] if continuous else [])]
-    actions = "continuous" if continuous else "discrete"
-    report.add("agents", "pass", f"{', '.join(online)}; with recorded {actions} actions: {', '.join(offline)}")
+    bounded = isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded()
+    online, parts = "ppo, trpo, policy_gradient_agent", ObservationParts(env.observation_space)
+    if parts.images or parts.composed:
+        detail = f"{online}; those that learn from recorded data take neither images nor a Dict"
+    else:
+        offline = ["hnpg", "bc", "iql", "odice", *(["td3_bc"] if bounded else [])]
+        actions = "continuous" if continuous else "discrete"
+        detail = f"{online}; with recorded {actions} actions: {', '.join(offline)}"
+    report.add("agents", "pass", detail)
 
 
 def _sentence(error: object) -> str:

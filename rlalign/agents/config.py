@@ -35,7 +35,7 @@ class EnvConfig:
     max_episode_steps: Count | None = None
     """Cut episodes here instead of where the registration says."""
     step_timeout_s: Positive | None = None
-    """`async` only: longest one step of all copies may take before the environment counts as hung."""
+    """`async` only: the longest that one step of all copies may take before the environment counts as hung."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +200,8 @@ class TRPOConfig(OnPolicyConfig):
     __pydantic_config__ = STRICT
 
     method: Literal["trpo"] = "trpo"
+    optim: AgentOptimConfig = field(default_factory=lambda: AgentOptimConfig(learning_rate=1e-3, max_grad_norm=None))
+    """Of the critic."""
     max_kl: Positive = 0.01
     damping: Positive = 0.1
     cg_iterations: Count = 15

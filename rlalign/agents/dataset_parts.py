@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from rlalign.buffers.transitions import Episode, Transitions
+from rlalign.config import ConfigError
 
 FIELDS = ("observations", "actions", "rewards", "terminated", "truncated")
 
 
-class DatasetError(ValueError):
+class DatasetError(ConfigError):
     """A dataset that cannot be used; the message names the file, the episode and the field."""
 
 

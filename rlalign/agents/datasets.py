@@ -156,6 +156,8 @@ def _read(file: Path) -> dict[str, np.ndarray]:
             return {name: archive[name] for name in archive.files}
     except DatasetError:
         raise
+    except FileNotFoundError as error:
+        raise DatasetError(f"{file}: no such file.") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DatasetError(f"{file}: cannot be read as .npz without pickle ({error}).") from error
 

@@ -16,6 +16,7 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from rlalign.agents.config import EnvConfig
+from rlalign.agents.consistency import unregistered
 from rlalign.agents.envpool_copies import SeededPool
 from rlalign.agents.episodes import REPLAY, EnvironmentFault, SeededEpisodes
 from rlalign.agents.spaces import Observation
@@ -258,13 +259,6 @@ def _maker(cfg: EnvConfig, limit: Mapping[str, int], base: int, index: int, *, r
         return SeededEpisodes(env, name=cfg.id, seed=base, index=index)
 
     return make
-
-
-def unregistered(error: Exception) -> str:
-    """What to do about an id whose package has not registered it."""
-    if not isinstance(error, gym.error.NamespaceNotFound):
-        return ""
-    return " A module that registers it goes in front of the id: `module:Id-v0`, such as `ale_py:ALE/Pong-v5`."
 
 
 def _with_rows(seen: Observation, rows: Array, final: Any) -> Observation:

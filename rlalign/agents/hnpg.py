@@ -4,35 +4,30 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rlalign.advantages import build_estimator
-from rlalign.agents.agent import Agent, Metrics
+from rlalign.agents.agent import Metrics
 from rlalign.agents.collect import Experience
 from rlalign.agents.config_hybrid import HNPGConfig
-from rlalign.agents.consistency import check_consistency
-from rlalign.agents.envs import Array
-from rlalign.agents.evaluate import EPISODE_STEP
 from rlalign.agents.hybrid import PolicyEvaluation
+from rlalign.agents.hybrid_acting import HybridActing
 from rlalign.agents.hybrid_forms import make_actions, make_form
 from rlalign.agents.hybrid_networks import Critic, encoded, make_critic
 from rlalign.agents.hybrid_sources import OfflineSource, OnlineSource, Seen, Source, source_weights, state_values
 from rlalign.agents.hybrid_step import Judged, improve, step_metrics, union
-from rlalign.agents.networks import prepare
 from rlalign.agents.normalize import ObservationNormalizer
 from rlalign.agents.offline_decisions import OfflineDecisions, transitions_of
-from rlalign.agents.spaces import PLAIN, Observation, ObservationParts
+from rlalign.agents.spaces import PLAIN, ObservationParts
 from rlalign.buffers import Rollout, RolloutBuffer, TrainBatch
 from rlalign.functional.temporal import discounted_returns
 from rlalign.nn.value_heads import ValueHead
 from rlalign.optim.natural_gradient import BatchedNaturalGradientResult
-from rlalign.training.seeding import generator
 
 
-class HNPG(Agent):
+class HNPG(HybridActing):
     """A natural-gradient step per iteration on recorded and on-policy states (Zhou et al. 2023, arXiv:2311.08384).
 
     Args:
@@ -50,7 +45,6 @@ class HNPG(Agent):
 
     def build(self) -> None:
         cfg = self.config
-        check_consistency(cfg)
         assert self.environments is not None
         self.device = torch.device(cfg.device)
         self.parts = ObservationParts(self.environments.observation_space)
@@ -61,7 +55,7 @@ class HNPG(Agent):
         self.observations = ObservationNormalizer(self.parts, cfg.normalize)
         self.estimator, self.buffer = build_estimator(cfg.advantage), RolloutBuffer()
         self.offline: OfflineDecisions | None = None
-        self.acting_step = 0
+        self.begin_episode()
 
     def steps(
         self, *, total_env_steps: int | None = None, total_updates: int | None = None, resume: bool = False
@@ -96,8 +90,7 @@ class HNPG(Agent):
             )
             self.buffer.add(self.rollout(found, online))
             batch = self.estimator(self.buffer.drain())
-            weights = self.form.scatter(online.weights, batch.mask)
-            judged = self.judged(replace(batch, weights=weights), online, offline)
+            judged = self.judged(batch, online, offline)
             result = improve(self.policy, judged, self.config)
         self.observations.update(found.before(), found.mask)
         return fits | self.metrics(found, online, judged, result)
@@ -169,8 +162,7 @@ class HNPG(Agent):
         """Decisions of both sources with their advantages."""
         sources: list[tuple[Source, Tensor]] = []
         if self.config.online_weight:
-            weights = self.form.gather(batch.weights, batch.mask)
-            sources.append((replace(online, weights=weights), self.form.gather(batch.advantages, batch.mask)))
+            sources.append((online, self.form.gather(batch.advantages, batch.mask)))
         if offline is not None:
             sources.append(self.judged_offline(offline))
         normalize = self.config.normalize_advantages == "batch"
@@ -211,66 +203,6 @@ class HNPG(Agent):
             "episode/count": float(self.collector.episodes),
         }
 
-    # ------------------------------------------------------------------------------------------------------- acting
-
-    def predict(
-        self,
-        observation: Observation,
-        *,
-        deterministic: bool = True,
-        info: Mapping[str, Any] | None = None,
-        step: int | None = None,
-    ) -> tuple[Any, dict[str, Any]]:
-        """Act; see `Agent.predict`.
-
-        Args:
-            step: Decisions the episode has behind it, which a policy per step (`horizon`) has to know. Without it calls
-                are counted, from 0 again after `horizon` of them: call `begin_episode` where an episode ends early.
-        """
-        if step is not None:
-            self.acting_step = step
-        result = super().predict(observation, deterministic=deterministic, info=info)
-        self.acting_step = (self.acting_step + 1) % (self.config.horizon or 1)
-        return result
-
-    def begin_episode(self) -> None:
-        """Say that the next observation given to `predict` is an episode's first."""
-        self.acting_step = 0
-
-    @torch.no_grad()
-    def decide(
-        self, observation: Observation, info: Mapping[str, Any], *, random: torch.Generator | None
-    ) -> tuple[Array, dict[str, Array]]:
-        seen, allowed = self.prepared(self.parts.tensors(observation)), self.parts.allowed(observation, info)
-        count, distribution = len(next(iter(seen.values()))), self.policy.distribution
-        steps = torch.as_tensor(np.asarray(info.get(EPISODE_STEP, self.acting_step))).expand(count).to(self.device)
-        noise = None if random is None else distribution.noise((count,), random).to(self.device)
-        found: dict[str, Tensor] = {}
-        for row, here in self.form.by_row(steps):
-            part = {name: value[here] for name, value in seen.items()}
-            params = self.form.at(row, part, None if allowed is None else allowed.to(self.device)[here])
-            decisions = distribution.mode(params) if noise is None else distribution.sample(params, noise[here])
-            about = {
-                "decisions": decisions,
-                "log_prob": distribution.log_prob(params, decisions),
-                "value": self._value_at(row, part, params),
-            }
-            for name, value in about.items():
-                found.setdefault(name, value.new_zeros((count, *value.shape[1:])))[here] = value
-        actions = self.actions.to_env(found.pop("decisions").cpu())
-        return actions, {name: value.cpu().numpy() for name, value in found.items()}
-
-    def _value_at(self, row: int, seen: Seen, params: Tensor) -> Tensor:
-        value = state_values(
-            lambda around, actions: self.evaluation.q_at(row, around, actions),
-            self.policy.distribution,
-            params[None],
-            {name: part[None] for name, part in seen.items()},
-            samples=self.config.value_samples,
-            random=generator(self.config.seed, "value"),
-        )
-        return value[0]
-
     # ------------------------------------------------------------------------------------------------------- pieces
 
     def value_of(self, purpose: str) -> Any:
@@ -290,11 +222,6 @@ class HNPG(Agent):
             )
 
         return value
-
-    def prepared(self, observation: Mapping[str, Tensor]) -> Seen:
-        """Normalised with the statistics as they are, on the device, as networks take it."""
-        prepared = prepare(self.parts, self.observations.apply(observation))
-        return {name: value.to(self.device) for name, value in prepared.items()}
 
     def _critic(self) -> Critic:
         cfg = self.config

@@ -1,6 +1,6 @@
 """Agents that learn from recorded transitions alone: O-DICE, and behaviour cloning, IQL and TD3+BC beside it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -57,11 +57,16 @@ class OfflineAgent(Agent):
         self.learner.modules.to(cfg.device)
         self.buffer = TransitionBuffer(None if self.data is None else self._prepared_data(self.data))
 
+    def steps(
+        self, *, total_env_steps: int | None = None, total_updates: int | None = None, resume: bool = False
+    ) -> Iterator[Metrics]:
+        if self.data is None:
+            raise ConfigError(f"{type(self).__name__} learns from recorded data: set `dataset`, or pass `dataset=`.")
+        yield from super().steps(total_env_steps=total_env_steps, total_updates=total_updates, resume=resume)
+
     def iterate(self) -> Metrics:
         """Some updates; the metrics are those of the last."""
         cfg, metrics = self.config, {}
-        if self.data is None:
-            raise ConfigError(f"{type(self).__name__} learns from recorded data: set `dataset`, or pass `dataset=`.")
         batches = self.random("batches")
         self.noise.manual_seed(derived_seed(cfg.seed, "noise", self.iteration))
         with self.clock_watch("train"):

@@ -13,7 +13,6 @@ from rlalign.agents.actor_critic import ActorCritic
 from rlalign.agents.agent import Agent
 from rlalign.agents.collect import Collector
 from rlalign.agents.config import OnPolicyConfig
-from rlalign.agents.consistency import check_consistency
 from rlalign.agents.envs import Array
 from rlalign.agents.spaces import Observation
 from rlalign.buffers import Rollout, RolloutBuffer
@@ -27,7 +26,6 @@ class OnPolicyAgent(Agent):
 
     def build(self) -> None:
         cfg = self.config
-        check_consistency(cfg)
         assert self.environments is not None
         assert isinstance(cfg.advantage, GAE)
         self.model = ActorCritic(self.environments, cfg, gamma=cfg.advantage.gamma)

@@ -10,7 +10,6 @@ from torch import Tensor
 from rlalign.advantages import build_estimator
 from rlalign.agents.agent import Agent, Metrics
 from rlalign.agents.config import GroupConfig
-from rlalign.agents.consistency import check_consistency
 from rlalign.agents.envs import Array
 from rlalign.agents.networks import Actor, normalized, prepare
 from rlalign.agents.normalize import ObservationNormalizer
@@ -39,7 +38,6 @@ class PolicyGradientAgent(Agent):
 
     def build(self) -> None:
         cfg = self.config
-        check_consistency(cfg)
         assert self.environments is not None
         if not self.environments.own:
             raise ConfigError(

@@ -67,7 +67,7 @@ def training_environments(config: AgentConfig, vector: VectorEnv | None) -> Envi
     return make_environments(config.env, seed=config.seed) if config.env.id else None
 
 
-def played(config: AgentConfig, learned_in: Environments | None) -> EnvConfig:
+def play_config(config: AgentConfig, learned_in: Environments | None) -> EnvConfig:
     """How whole episodes are played from given starts, for evaluation and film: copies stepped one after the other.
 
     Where a vector form shows agents something else than one copy does (Atari's stacks frames), in that form.

@@ -19,6 +19,7 @@ from rlalign.agents.offline_parts import (
 )
 from rlalign.agents.optimizer import AgentOptimizer
 from rlalign.buffers.transitions import Transitions
+from rlalign.config import ConfigError
 from rlalign.functional.offline import td3_bc_objective
 from rlalign.nn.policies import ActionDistribution, Gaussian
 from rlalign.nn.value_heads import ValueHead
@@ -36,14 +37,14 @@ class TD3BCLearner(Learner):
         generator: Decides the initial weights, and the noise on target actions from then on.
 
     Raises:
-        ValueError: Actions are not continuous and bounded.
+        ConfigError: Actions are not continuous and bounded.
     """
 
     def __init__(
         self, cfg: TD3BCConfig, observation_size: int, distribution: ActionDistribution, generator: torch.Generator
     ):
         if not isinstance(distribution, Gaussian) or not distribution.squash:
-            raise ValueError(
+            raise ConfigError(
                 "TD3+BC follows the slope of Q by a continuous, bounded action, so it needs a `Box` action space with "
                 f"bounds and `network.squash: true`; got {type(distribution).__name__} actions. Use odice, iql or bc."
             )

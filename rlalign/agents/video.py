@@ -1,5 +1,7 @@
 """Film one episode for the report, where the environment can be drawn without a screen."""
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,8 @@ def film(agent: "Agent", folder: Path) -> list[str]:
     assert agent.environments is not None
     if "rgb_array" not in (agent.environments.vector.metadata.get("render_modes") or ()):
         return ["No film of an episode: `rgb_array` is not among the environment's render modes."]
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame complains about the screen that is not there
     try:
         import imageio.v3 as iio
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlalign.buffers import Input, Rollout
 from rlalign.diffusion.config import SamplingConfig
+from rlalign.diffusion.consistency import window_bounds
 from rlalign.diffusion.prompts import Prompts
 from rlalign.diffusion.rewards import Judged
 from rlalign.diffusion.sampling import StochasticSampler
@@ -95,9 +96,8 @@ def draw_window(cfg: SamplingConfig, *, step: int, seed: int) -> tuple[int, int]
     """Where noise goes in this rollout: [first, one past the last] of the denoising steps."""
     if cfg.window is None:
         return None
-    low, high = cfg.window_range or (0, cfg.num_inference_steps)
-    last = min(high, cfg.num_inference_steps) - cfg.window
-    first = int(torch.randint(low, last + 1, (), generator=generator(seed, "window", step)))
+    low, high = window_bounds(cfg)
+    first = int(torch.randint(low, high - cfg.window + 1, (), generator=generator(seed, "window", step)))
     return first, first + cfg.window
 
 
@@ -106,10 +106,11 @@ def assemble(drawn: Drawn, judged: Judged, *, process: int) -> Rollout:
     log_prob = torch.cat([piece.log_prob for piece in drawn.trajectories]).cpu()
     mask = torch.cat([piece.scored for piece in drawn.trajectories]).cpu()
     batch, time = log_prob.shape
+    last = int(mask.any(0).nonzero().max()) if bool(mask.any()) else time - 1  # no return is lost on a masked step
     rewards = torch.zeros(batch, time)
-    rewards[:, -1] = judged.outcome
+    rewards[:, last] = judged.outcome
     ended = torch.zeros(batch, time, dtype=torch.bool)
-    ended[:, -1] = True
+    ended[:, last] = True
     return Rollout(
         log_prob_old=log_prob.float(),
         rewards=rewards,

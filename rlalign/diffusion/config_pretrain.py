@@ -15,7 +15,7 @@ STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Flow matching on labelled token sets. The defaults give the generator of five-box objects, in two minutes."""
+    """Flow matching on labelled token sets. The defaults give the generator of five-box objects, in about a minute."""
 
     __pydantic_config__ = STRICT
 
@@ -32,7 +32,7 @@ class PretrainConfig:
     heads: Count = 4
     positions: bool = True
     """Give every token its place. False: the model is equivariant to the order of the tokens, a true set model."""
-    steps: Count = 4000
+    steps: Count = 3000
     batch_size: Count = 128
     learning_rate: Positive = 2e-3
     warmup_steps: CountOrZero = 200

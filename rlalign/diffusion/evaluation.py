@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -112,14 +112,17 @@ class SampleEvaluator:
         return self._metrics(outcomes), samples, indices, outcomes
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "started": self.started, "evaluated_at": self.evaluated_at}
+        limit = None if self.limit is None else asdict(self.limit)
+        return {"best": self.best, "started": self.started, "evaluated_at": self.evaluated_at, "limit": limit}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.best, self.started, self.evaluated_at = state["best"], state["started"], state["evaluated_at"]
+        self.limit = None if state["limit"] is None else Limit(**state["limit"])
 
     def _record(self, step: int, journal: Journal) -> None:
         journal.doing(f"evaluating {self.cfg.eval.samples} samples")
         metrics, samples, indices, outcomes = self.run()
+        journal.samples(f"eval-{step:06d}", self._rows(step, outcomes))
         journal.evaluation(step, metrics)
         self.evaluated_at = step
         self.limit = _passed(metrics, self.cfg.eval.stop_below, self.cfg.eval.stop_above)
@@ -129,6 +132,19 @@ class SampleEvaluator:
             self.best = metrics["eval/reward_mean"]
             if step > 0 and self.accelerator.is_main_process:
                 self.tuned.save(self.session.path / "best")
+
+    def _rows(self, step: int, outcomes: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+        """One per sample, in the order of their noise, so that two evaluations are compared sample by sample."""
+        names = dict.fromkeys((self.judge.gold, self.judge.target))
+        return [
+            {
+                "step": step,
+                "prompt_id": k,
+                "reward": _known(outcomes[self.judge.gold][k]),
+                "parts": {name: _known(outcomes[name][k]) for name in names},
+            }
+            for k in range(self.cfg.eval.samples)
+        ]
 
     def _watched(self, samples: Any, indices: Sequence[int]) -> Mapping[str, Any]:
         assert self.watch is not None
@@ -156,12 +172,13 @@ class SampleEvaluator:
         from rlalign.diffusion.media import draw_samples
 
         shown = self.cfg.eval.pictures
+        mine = outcomes[self.judge.gold][self.accelerator.process_index :: self.accelerator.num_processes]
         draw_samples(
             samples[:shown],
             self.session.path / "media",
             step=step,
             captions=[str(text) for text in self.prompts.texts(indices[:shown])],
-            passed=list(outcomes[self.judge.gold][:shown]),
+            passed=list(mine[:shown]),
             shapes=self.shapes,
         )
 
@@ -175,6 +192,10 @@ def _batch_size(cfg: DiffusionConfig) -> int:
         case DSOConfig():
             return cfg.data.batch_size
     raise AssertionError(cfg)
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _plain(value: Any) -> list[float]:

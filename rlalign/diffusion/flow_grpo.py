@@ -20,7 +20,7 @@ from rlalign.diffusion.sampling import StochasticSampler
 from rlalign.diffusion.saturation import Saturation
 from rlalign.diffusion.step_metrics import StepMetrics
 from rlalign.diffusion.step_objective import clips, kl_to, step_log_ratio, step_weights, surrogate
-from rlalign.diffusion.trajectory import Trajectory
+from rlalign.diffusion.trajectory import StepScore, Trajectory
 from rlalign.diffusion.tuning import Tuning
 from rlalign.functional.masked import aggregate
 from rlalign.training.distributed import gather_rollout
@@ -70,6 +70,7 @@ class FlowGRPOTrainer:
         cfg = config_of(FlowGRPOConfig, config, settings)
         if guard is not None:
             cfg = replace(cfg, objective=replace(cfg.objective, ratio_norm=guard, reweight=guard))
+        check_flow_grpo(cfg)  # before a large model is loaded
         self.config, self.callback = cfg, callback
         parts = build_parts(
             cfg,
@@ -84,7 +85,10 @@ class FlowGRPOTrainer:
         self.evaluator, self.session, self.accelerator = parts.evaluator, parts.session, parts.accelerator
         check_flow_grpo(cfg, processes=self.accelerator.num_processes, simulator=self.judge.simulator is not None)
         self.sampler = StochasticSampler(
-            self.tuned.pipeline, cfg.rollout.sde, trained_fraction=cfg.rollout.trained_fraction
+            self.tuned.pipeline,
+            cfg.rollout.sde,
+            trained_fraction=cfg.rollout.trained_fraction,
+            storage="cpu" if cfg.rollout.offload else None,
         )
         updates = cfg.total_steps * cfg.optim.update_epochs * cfg.optim.minibatches
         self.estimator, self.buffer = build_estimator(cfg.advantage), RolloutBuffer()
@@ -191,21 +195,25 @@ class FlowGRPOTrainer:
             at: Their samples, as rows of `batch`.
         """
         cfg = self.config.objective
+        reference = self.reference(piece, rows, steps)  # first: a copied one swaps weights that a graph would hold
         new = self.sampler.replay(piece, rows, steps)
         log_ratio, device = step_log_ratio(cfg, new, piece, rows, steps), new.log_prob.device
-        advantages = batch.advantages[at, steps].to(device)
-        dimensions = piece.dimensions
-        objective = surrogate(cfg, log_ratio, advantages, dimensions)
-        if cfg.kl_coef:
-            with torch.no_grad(), self.tuned.reference():
-                reference = self.sampler.replay(piece, rows, steps)
+        advantages, weights = (values[at, steps].to(log_ratio) for values in (batch.advantages, batch.weights))
+        objective = weights * surrogate(cfg, log_ratio, advantages, piece.dimensions)
+        if reference is not None:
             kl = kl_to(new, reference)
             self.metrics.penalised(kl)
             objective = objective + cfg.kl_coef * kl
-        self.metrics.scored(log_ratio, advantages, steps, clips(cfg, dimensions))
+        self.metrics.scored(log_ratio, advantages, steps, clips(cfg, piece.dimensions))
         real = torch.ones(len(objective), 1, dtype=torch.bool, device=device)
-        weights = batch.weights[at, steps].to(device, objective.dtype)
-        return aggregate(objective[:, None], real, weights=weights[:, None], mode="token", denominator=denominator)
+        return aggregate(objective[:, None], real, mode="token", denominator=denominator)
+
+    def reference(self, piece: Trajectory, rows: Tensor, steps: Tensor) -> StepScore | None:
+        """The same decisions under the generator as it came, where the loss has a KL penalty."""
+        if not self.config.objective.kl_coef:
+            return None
+        with torch.no_grad(), self.tuned.reference():
+            return self.sampler.replay(piece, rows, steps)
 
     def micro_batches(self, batch: TrainBatch) -> Iterator[tuple[Trajectory, Tensor, Tensor, Tensor]]:
         """This process's real decisions, in pieces: trajectory, rows in it, denoising steps, rows in `batch`."""
@@ -254,8 +262,9 @@ class FlowGRPOTrainer:
         return self.evaluator.run()[0]
 
     def save_lora(self, path: str | Path) -> None:
-        """Write the adapter as plain diffusers loads it; without one, the whole pipeline."""
-        self.tuned.save(path)
+        """Write the adapter as plain diffusers loads it; without one, the whole pipeline. The first process writes."""
+        if self.accelerator.is_main_process:
+            self.tuned.save(path)
 
     save_model = save_lora
     """What a session calls at the end of a run."""

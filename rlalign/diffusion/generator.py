@@ -179,7 +179,7 @@ class ConditionalFlowPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         labels: Sequence[int | str] | np.ndarray | Tensor,
         *,
         num_inference_steps: int = 20,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | int = 1.0,
         latents: Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "np",

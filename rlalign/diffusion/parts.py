@@ -55,10 +55,12 @@ def build_parts(
     if reward is None:
         raise ConfigError("there is no reward: pass `reward`, or set `reward.function` in the config.")
     judge = Judge(reward, cfg.reward, errors_dir=session.path / "errors")
-    pipeline = pipeline if isinstance(pipeline, DiffusionPipeline) else load_pipeline(pipeline, cfg.pipeline)
-    accelerator = Accelerator(cpu=pipeline.device.type == "cpu", **cfg.accelerate)
+    if not isinstance(pipeline, DiffusionPipeline):
+        pipeline = _loaded(pipeline, cfg)
+    works_on = pipeline._execution_device  # with CPU offload, not where its weights are at the moment
+    accelerator = Accelerator(cpu=works_on.type == "cpu", **cfg.accelerate)
     leave_at_exit(accelerator)
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and works_on == pipeline.device:
         pipeline.to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
     rows = Prompts.of(prompts if prompts is not None else read_prompts(cfg.prompts), pipeline)
@@ -88,10 +90,13 @@ def config_of(cls: type, config: Any, settings: dict[str, Any]) -> Any:
     return config if config is not None else config_from_keywords(cls, settings, FORMS)
 
 
-def load_pipeline(source: str | None, cfg: PipelineConfig) -> DiffusionPipeline:
+def load_pipeline(source: str | None, cfg: PipelineConfig, *, full: bool = False) -> DiffusionPipeline:
     """Load a pipeline from the Hub or a directory, call the function that builds it, or pretrain it.
 
     Weights come from safetensors files only.
+
+    Args:
+        full: All weights will be trained, so `auto` is float32.
 
     Raises:
         ConfigError: Nothing names a pipeline, or what names one does not lead to one.
@@ -109,7 +114,7 @@ def load_pipeline(source: str | None, cfg: PipelineConfig) -> DiffusionPipeline:
         if not isinstance(built, DiffusionPipeline):
             raise ConfigError(f"`pipeline.source`={source} returned {type(built).__name__}, not a DiffusionPipeline.")
         return built.to(device)
-    dtype = _dtype(cfg.dtype, device)
+    dtype = torch.float32 if full and cfg.dtype == "auto" else _dtype(cfg.dtype, device)
     try:
         loaded = DiffusionPipeline.from_pretrained(
             source, revision=cfg.revision, torch_dtype=dtype, use_safetensors=True
@@ -117,6 +122,15 @@ def load_pipeline(source: str | None, cfg: PipelineConfig) -> DiffusionPipeline:
     except (OSError, ValueError) as error:
         raise ConfigError(f"`pipeline.source`={source}: {error}") from error
     return loaded.to(device)
+
+
+def _loaded(source: Any, cfg: DiffusionConfig) -> DiffusionPipeline:
+    if source is not None and not isinstance(source, str | Path):
+        raise ConfigError(
+            f"`pipeline` must be a diffusers pipeline, a Hub id, a directory or `module:function`, got "
+            f"{type(source).__name__}."
+        )
+    return load_pipeline(None if source is None else str(source), cfg.pipeline, full=cfg.lora is None)
 
 
 def _device(name: str) -> str:

@@ -12,7 +12,8 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
-from torch import nn
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 
 from rlalign.config import ConfigError
 from rlalign.diffusion.config import DiffusionConfig, LoRASettings
@@ -37,27 +38,30 @@ class TunedPipeline:
     def __init__(self, pipeline: DiffusionPipeline, cfg: DiffusionConfig):
         self.pipeline, self.cfg = pipeline, cfg
         self.denoiser = denoiser_of(pipeline)
+        _require_no_adapter(self.denoiser)
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
         if cfg.pipeline.gradient_checkpointing:
-            self.denoiser.enable_gradient_checkpointing()
+            self._save_memory()
         self.adapter = cfg.lora is not None
         if cfg.lora is not None:
             self._add_adapter(cfg.lora)
         else:
+            _require_float32(self.denoiser)
             self.denoiser.requires_grad_(True)
         self.parameters = {name: p for name, p in self.denoiser.named_parameters() if p.requires_grad}
         for parameter in self.parameters.values():  # half precision cannot hold what an optimizer adds
             parameter.data = parameter.data.float()
         trained = list(self.parameters.values())
-        self.average = EMA(trained, cfg.average.decay) if cfg.average is not None else None
+        self.average = EMA(trained, cfg.average.decay, warmup=True) if cfg.average is not None else None
         self.frozen = None if self.adapter else EMA(trained, 0.0)
         """Without an adapter to switch off, the reference is a copy of the weights as they came."""
 
     @property
     def device(self) -> torch.device:
-        return self.pipeline.device
+        """Where the pipeline works; with CPU offload not where its weights are at the moment."""
+        return self.pipeline._execution_device
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -74,8 +78,8 @@ class TunedPipeline:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Run a block with the averaged weights, where an average is kept."""
-        if self.average is None:
+        """Run a block with the averaged weights, where an average is kept; before its first update it says nothing."""
+        if self.average is None or self.average.updates == 0:
             yield
             return
         with self.average.swap():
@@ -87,11 +91,11 @@ class TunedPipeline:
             self.average.update()
 
     def distance(self) -> float:
-        """Norm of the trained weights' movement (of an adapter: of its weights), for the metrics."""
+        """How far the denoiser's weights are from those it came with: the norm of their movement, adapter included."""
         if self.frozen is None:
-            return float(torch.stack([p.detach().norm() for p in self.parameters.values()]).norm())
+            return float(torch.stack([_low_rank_norm(layer) for layer in self._layers()]).norm())
         kept = self.frozen.state_dict()["averages"]
-        moves = [(p.detach() - k).norm() for p, k in zip(self.parameters.values(), kept, strict=True)]
+        moves = [(p.detach().to(k) - k).norm() for p, k in zip(self.parameters.values(), kept, strict=True)]
         return float(torch.stack(moves).norm())
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,6 +125,18 @@ class TunedPipeline:
                 save_adapter(self.pipeline, path)
             else:
                 self.pipeline.save_pretrained(path)
+
+    def _layers(self) -> list[LoraLayer]:
+        return [module for module in self.denoiser.modules() if isinstance(module, LoraLayer)]
+
+    def _save_memory(self) -> None:
+        try:
+            self.denoiser.enable_gradient_checkpointing()
+        except ValueError as error:
+            raise ConfigError(
+                f"{type(self.denoiser).__name__} has no gradient checkpointing; set "
+                "`pipeline.gradient_checkpointing: false` and lower `optim.micro_batch`."
+            ) from error
 
     def _add_adapter(self, cfg: LoRASettings) -> None:
         if not isinstance(self.denoiser, PeftAdapterMixin):
@@ -156,6 +172,32 @@ def denoiser_of(pipeline: DiffusionPipeline) -> ModelMixin:
     raise ConfigError(
         f"{type(pipeline).__name__} has no `transformer` and no `unet`; its parts are {', '.join(pipeline.components)}."
     )
+
+
+def _require_no_adapter(denoiser: nn.Module) -> None:
+    """An adapter that is there already would be switched off with ours, and the reference would lose it."""
+    loaded = denoiser.peft_config if isinstance(denoiser, PeftAdapterMixin) and denoiser._hf_peft_config_loaded else {}
+    if loaded:
+        raise ConfigError(
+            f"the {type(denoiser).__name__} carries the adapter {', '.join(loaded)} already: pass a fresh pipeline, or "
+            "keep what it has learned with `pipeline.fuse_lora()` and `pipeline.unload_lora_weights()` first."
+        )
+
+
+def _require_float32(denoiser: nn.Module) -> None:
+    kinds = {p.dtype for p in denoiser.parameters()} - {torch.float32, torch.float64}
+    if kinds:
+        raise ConfigError(
+            f"`lora: null` trains the weights themselves, and {', '.join(sorted(map(str, kinds)))} cannot hold an "
+            "optimizer's steps: load the pipeline in float32 (`pipeline.dtype: float32`), or train an adapter."
+        )
+
+
+@torch.no_grad()
+def _low_rank_norm(layer: LoraLayer) -> Tensor:
+    """‖s B A‖ without the product: ‖B A‖² = Σ (BᵀB ∘ A Aᵀ)."""
+    a, b = layer.lora_A[ADAPTER].weight.double(), layer.lora_B[ADAPTER].weight.double()
+    return layer.scaling[ADAPTER] * ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()
 
 
 def save_adapter(pipeline: DiffusionPipeline, path: str | Path) -> None:

@@ -267,7 +267,8 @@ def _read(folder: Path) -> ConditionalFlowPipeline:
     bar = diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()  # of three small files
     try:
-        return ConditionalFlowPipeline.from_pretrained(folder)
+        # Mapped into memory, the weights would change with the file.
+        return ConditionalFlowPipeline.from_pretrained(folder, disable_mmap=True)
     finally:
         if bar:
             diffusers_logging.enable_progress_bar()

@@ -40,19 +40,25 @@ class Prompts:
             ConfigError: There is none, the pipeline takes none of `PLACES`, or the rows differ in their names.
         """
         parameters = list(inspect.signature(type(pipeline).__call__).parameters)
-        place = next((name for name in PLACES if name in parameters), None)
+        if isinstance(prompts, str | Mapping) or not len(prompts):
+            raise ConfigError(f"`prompts` must be a list with at least one entry, got {prompts!r}.")
+        plain = not all(isinstance(row, Mapping) for row in prompts)
+        place = next((name for name in PLACES if name in parameters), "" if not plain else None)
         if place is None:
             raise ConfigError(
                 f"{type(pipeline).__name__} takes none of {', '.join(PLACES)}; give `prompts` as mappings whose names "
                 "are parameters of its call."
             )
-        if isinstance(prompts, str) or not prompts:
-            raise ConfigError(f"`prompts` must be a list with at least one entry, got {prompts!r}.")
         rows = tuple(dict(row) if isinstance(row, Mapping) else {place: row} for row in prompts)
         if len({frozenset(row) for row in rows}) > 1:
             raise ConfigError("`prompts` must all have the same columns; leave none out.")
+        if not any(name in parameters or name == "prompt" for name in rows[0]):
+            raise ConfigError(
+                f"`prompts` have the columns {', '.join(map(str, rows[0]))}, none of which {type(pipeline).__name__} "
+                f"takes; one must be a parameter of its call, such as {place or parameters[1]}."
+            )
         rows = tuple(
-            {place if name == "prompt" and "prompt" not in parameters else name: v for name, v in row.items()}
+            {place if name == "prompt" and "prompt" not in parameters and place else name: v for name, v in row.items()}
             for row in rows
         )
         return cls(rows, place, frozenset(parameters))

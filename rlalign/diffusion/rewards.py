@@ -12,9 +12,11 @@ from torch import Tensor
 
 from rlalign.config import ConfigError
 from rlalign.diffusion.config import SampleRewardConfig
-from rlalign.training.guard import RewardGuard
-from rlalign.training.reward_call import RewardError
-from rlalign.training.reward_function import RewardFunction, import_object
+from rlalign.training.guard import RewardGuard, Wording
+from rlalign.training.reward_call import RewardError, as_list
+from rlalign.training.reward_function import RewardFunction, declared_arguments, import_object
+
+_OF_LANGUAGE_MODELS = ("completion_ids", "trainer_state", "log_metric", "log_extra")
 
 
 @runtime_checkable
@@ -93,13 +95,14 @@ class Judge:
         Raises:
             RewardError: The reward failed beyond its budget, or judged nothing of a batch.
         """
-        parts = self._simulated(samples) if self.simulator is not None else {}
+        parts = self._simulated(samples, len(prompts)) if self.simulator is not None else {}
         if self.guard is not None:
             table = self.guard.score(prompts=list(prompts), completions=list(samples), columns=columns)
             outcome, scored = self.guard.total(table)
             parts = {"reward": torch.where(scored, outcome, torch.nan)}
-        if self.target not in parts:
-            raise ConfigError(f"`reward.outcome`={self.target!r} is none of {', '.join(sorted(parts))}.")
+        for key, name in (("outcome", self.target), ("graded", self.cfg.graded or self.target)):
+            if name not in parts:
+                raise ConfigError(f"`reward.{key}`={name!r} is none of {', '.join(sorted(parts))}.")
         values = parts[self.target]
         scored = ~values.isnan()
         if not scored.any():
@@ -127,10 +130,21 @@ class Judge:
         if self.guard is not None:
             self.guard.load_state_dict(state["guard"])
 
-    def _simulated(self, samples: Any) -> dict[str, Tensor]:
+    def _simulated(self, samples: Any, count: int) -> dict[str, Tensor]:
         assert self.simulator is not None
+        samples = samples.detach().float().cpu().numpy() if isinstance(samples, Tensor) else samples
         found = self.simulator.simulate(samples if isinstance(samples, list) else np.asarray(samples))
-        return {name: torch.from_numpy(np.asarray(value, dtype=np.float64)) for name, value in found.items()}
+        parts = {name: torch.from_numpy(np.array(value, dtype=np.float64)) for name, value in found.items()}
+        for name, values in parts.items():
+            if values.shape != (count,):
+                raise RewardError(
+                    f"the simulator returned `{name}` of shape {list(values.shape)} for {count} samples; return one "
+                    "number per sample, NaN where it is unknown."
+                )
+            values[~values.isfinite()] = torch.nan
+        if self.simulator.gold not in parts:
+            raise RewardError(f"the simulator's `gold`={self.simulator.gold!r} is none of {', '.join(sorted(parts))}.")
+        return parts
 
     def _guarded(self, reward: Any, errors_dir: Path | None) -> RewardGuard:
         if not callable(reward):
@@ -145,16 +159,18 @@ class Judge:
             penalty=self.cfg.penalty,
             error_budget=self.cfg.error_budget,
             errors_dir=errors_dir,
+            wording=Wording(section="reward", probe="", silent="Return a number for the samples it can judge."),
         )
 
 
 def _of_samples(reward: Callable[..., Any]) -> Callable[..., Any]:
     """The reward as the guard calls it, which speaks of completions."""
+    taken = declared_arguments(reward)
 
     def judged(completions: list[Any], prompts: list[Any], **columns: Any) -> Any:
-        for name in ("completion_ids", "trainer_state", "log_metric", "log_extra"):
-            columns.pop(name, None)
-        return reward(completions, prompts, **columns)
+        offered = {name: values for name, values in columns.items() if name not in _OF_LANGUAGE_MODELS}
+        known = {name: values for name, values in offered.items() if taken is None or name in taken}
+        return as_list(reward(completions, prompts, **known), len(completions), row="sample")
 
     return judged
 

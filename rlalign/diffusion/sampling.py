@@ -110,8 +110,7 @@ class StochasticSampler:
         recorder = Recorder(self.denoiser, len(seeds), _numbers(self.pipeline, call))
 
         def listen(step: Step) -> None:
-            if len(step.x) != len(seeds):
-                raise ValueError(f"the call makes {len(step.x)} samples for {len(seeds)} seeds; give one seed to each.")
+            _check_count(step.x, seeds)
             if not self.by_pipeline:
                 recorder.close_step(step)
             taken.add(step)
@@ -249,6 +248,11 @@ def _check_call(call: Mapping[str, Any], seeds: Sequence[int], initial: Sequence
         raise ValueError(f"`seeds` and `same_noise` hold one seed per sample, got {len(seeds)} and {len(initial)}.")
 
 
+def _check_count(x: Tensor, seeds: Sequence[int]) -> None:
+    if len(x) != len(seeds):
+        raise ValueError(f"the call makes {len(x)} samples for {len(seeds)} seeds; give one seed to each.")
+
+
 def _trained_steps(count: int, fraction: float | int, window: Window | None) -> int:
     if window is not None and window[1] > count:
         raise ValueError(f"`window` is {list(window)} but the pipeline took {count} steps (`num_inference_steps`).")
@@ -263,6 +267,7 @@ def _check_window(window: Window | None) -> None:
 
 def _step_noise(seeds: Sequence[int], position: int, like: Tensor) -> Tensor:
     """Noise of each sample's own generator, drawn on the CPU so that every device gets the same."""
+    _check_count(like, seeds)
     rows = [torch.randn(like.shape[1:], generator=generator(seed, "denoise", position)) for seed in seeds]
     return torch.stack(rows).to(like)
 

@@ -220,7 +220,7 @@ def _stochastic_class(stock: Any) -> Any:
     stock_step, stock_set = inspect.unwrap(stock.step), inspect.unwrap(stock.set_timesteps)
 
     @functools.wraps(stock_step)
-    def step(self: StochasticStep, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **options: Any):
+    def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **options: Any):
         if self.mode == "ode":
             return stock.step(self, model_output, timestep, sample, *args, **options)
         return_dict = options.pop("return_dict", True)

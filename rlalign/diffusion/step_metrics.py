@@ -46,16 +46,16 @@ class StepMetrics:
     def scored(self, log_ratio: Tensor, advantages: Tensor, steps: Tensor, clips: tuple[float, float]) -> None:
         """Take in the log-ratios of one micro-batch, by denoising step."""
         low, high = clips
-        ratio = log_ratio.detach().exp().cpu()
+        shift = log_ratio.detach().cpu().double().expm1()  # ratios lie so near to 1 that float32 would round them
         advantages, steps = advantages.cpu(), steps.cpu()
-        below = (ratio < 1 - low) & (advantages < 0)
-        above = (ratio > 1 + high) & (advantages > 0)
+        below = (shift < -low) & (advantages < 0)
+        above = (shift > high) & (advantages > 0)
         for step in steps.unique().tolist():
             here = steps == step
             self.sums[f"{step}/count"] += float(here.sum())
             self.sums[f"{step}/low"] += float(below[here].sum())
             self.sums[f"{step}/high"] += float(above[here].sum())
-            self.sums[f"{step}/shift"] += float((ratio[here].double() - 1).sum())
+            self.sums[f"{step}/shift"] += float(shift[here].sum())
 
     def penalised(self, kl: Tensor) -> None:
         self.sums["kl"] += float(kl.detach().sum())
@@ -84,7 +84,7 @@ class StepMetrics:
             "optim/learning_rate": self.learning_rate,
             "rollout/trajectory_mib": self.nbytes / 2**20,
         }
-        for name, values in batch.reward_parts.items():
+        for name, values in batch.reward_parts.items() if len(batch.reward_parts) > 1 else ():
             known = values[~values.isnan()]
             metrics[f"reward/{name}_mean"] = float(known.mean()) if len(known) else float("nan")
         for t in steps:

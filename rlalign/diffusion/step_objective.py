@@ -25,8 +25,23 @@ def step_log_ratio(
     if not cfg.ratio_norm:
         return new.log_prob - old
     mean_old = trajectory.means[rows, steps].to(new.mean.device)
-    drift_over = "batch" if cfg.authors_bias else "sample"
-    return guarded_log_ratio(new.log_prob, old, new.mean, mean_old, new.std, drift_over=drift_over)
+    if not cfg.authors_bias:
+        return guarded_log_ratio(new.log_prob, old, new.mean, mean_old, new.std)
+    return _with_authors_bias(new, old, mean_old, steps.to(old.device))
+
+
+def _with_authors_bias(
+    new: StepScore, old: Float[Tensor, " decisions"], mean_old: Float[Tensor, "decisions *dims"], steps: Tensor
+) -> Float[Tensor, " decisions"]:
+    """One mean drift per denoising step: a batch of theirs holds samples at one step."""
+    log_ratio = torch.zeros_like(new.log_prob)
+    for step in steps.unique():
+        here = (steps == step).nonzero().squeeze(1)
+        found = guarded_log_ratio(
+            new.log_prob[here], old[here], new.mean[here], mean_old[here], new.std[here], drift_over="batch"
+        )
+        log_ratio = log_ratio.index_put((here,), found)
+    return log_ratio
 
 
 def surrogate(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from rlalign.diffusion.combiner import Combiner, NotCombined
 
 
+@runtime_checkable
 class Slot(Protocol):
     """One argument of a denoiser call, over the steps of a layout. A call holds `parts` copies of the batch."""
 

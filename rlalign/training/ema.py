@@ -35,7 +35,7 @@ class EMA:
         """Move every average towards its parameter; call once after each optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         for average, parameter in zip(self._averages, self._parameters, strict=True):
-            average.lerp_(parameter.to(average.dtype), 1.0 - decay)
+            average.lerp_(parameter.to(average), 1.0 - decay)
         self.updates += 1
 
     @contextmanager

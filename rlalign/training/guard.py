@@ -4,6 +4,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -33,10 +34,23 @@ __all__ = [
     "RewardTable",
     "RewardWarning",
     "SampleError",
+    "Wording",
 ]
 
 WINDOW = 200
 """Rows the error budget looks back on; a larger batch is looked at whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wording:
+    """What differs in the messages between kinds of trainers."""
+
+    section: str = "guard"
+    """Of the config, where the settings stand."""
+    probe: str = " and try it with `rlalign check`"
+    """How a function is tried out."""
+    silent: str = "Does the gold column hold what they can parse? Try `rlalign check`."
+    """Advice where a reward says nothing about the first batch."""
 
 
 class RewardGuard:
@@ -65,6 +79,7 @@ class RewardGuard:
         errors_dir: Gets the first failing sample of each kind as JSON and what the workers print; made when needed.
         start_timeout_s: Longest an import of the function may take.
         memory_limit_gb: Of each worker process; half of the machine.
+        wording: For trainers whose settings stand elsewhere.
 
     Example:
         >>> def length(completions):
@@ -89,6 +104,7 @@ class RewardGuard:
         row_timeout_s: float | None = None,
         start_timeout_s: float = 300.0,
         memory_limit_gb: float | None = None,
+        wording: Wording | None = None,
     ) -> None:
         names = Counter(function.name for function in functions)
         if not names or max(names.values()) > 1:
@@ -98,6 +114,7 @@ class RewardGuard:
         self.timeout_s, self.row_timeout_s = timeout_s, row_timeout_s or timeout_s / 4
         self.on_error, self.penalty, self.error_budget = on_error, penalty, error_budget
         self.errors_dir = errors_dir
+        self.wording = wording or Wording()
         self._batches = 0
         self._recent: list[int] = []
         self._runners = [
@@ -253,28 +270,28 @@ class RewardGuard:
         self._recent = flags[-max(WINDOW, request.rows) :]
         if table.errors:
             self._stop_if_needed(table, request, first_batch)
-        _warn_of_silence(table, first_batch)
+        _warn_of_silence(table, first_batch, self.wording)
         self._batches += 1 if request.rows else 0
 
     def _stop_if_needed(self, table: RewardTable, request: Request, first_batch: bool) -> None:
         saved = save_first_of_each_kind(table.errors, request, self.errors_dir) if self.errors_dir is not None else []
         where = f" Saved: {', '.join(str(path) for path in saved)}." if saved else ""
         if first_batch or self.on_error == "raise":
-            why = "`guard.on_error=raise`" if not first_batch else "the first batch"
+            why = f"`{self.wording.section}.on_error=raise`" if not first_batch else "the first batch"
             raise RewardError(
                 f"{describe(table.errors[0], request)} An error in {why} stops the run.{where} "
-                f"Fix the function and try it with `rlalign check`, or return None for rows it cannot judge."
+                f"Fix the function{self.wording.probe}, or return None for rows it cannot judge."
             )
         window = max(WINDOW, request.rows)
         if sum(self._recent) > self.error_budget * window + 1e-9:
             raise RewardError(
                 f"{sum(self._recent)} of the last {len(self._recent)} rows could not be scored, more than "
-                f"`guard.error_budget`={self.error_budget:g} of {window} allows. This batch:\n"
+                f"`{self.wording.section}.error_budget`={self.error_budget:g} of {window} allows. This batch:\n"
                 f"{table_of_errors(table.errors, request)}\n{where.strip()} Fix the function, or raise the budget."
             )
 
 
-def _warn_of_silence(table: RewardTable, first_batch: bool) -> None:
+def _warn_of_silence(table: RewardTable, first_batch: bool, wording: Wording) -> None:
     """Functions that said nothing about a whole batch: legal in TRL, and most often a mistake."""
     silent = [
         name
@@ -284,7 +301,7 @@ def _warn_of_silence(table: RewardTable, first_batch: bool) -> None:
     if silent and len(silent) == len(table.names) and first_batch:
         raise RewardError(
             f"every reward ({', '.join(silent)}) returned None for all {len(table.status)} rows of the first batch, so "
-            "there is nothing to learn from. Does the gold column hold what they can parse? Try `rlalign check`."
+            f"there is nothing to learn from. {wording.silent}"
         )
     for name in silent if first_batch else []:
         warnings.warn(

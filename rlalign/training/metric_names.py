@@ -118,6 +118,24 @@ _KNOWN = {
     "value/support_low": Metric(title="Lowest bin of the critic"),
     "value/support_high": Metric(title="Highest bin of the critic"),
     "value/loss": Metric(title="Value loss", from_zero=True),
+    "value/online_error": Metric(
+        title="Error on on-policy returns", from_zero=True, note="Squared, after the fit: how well the critic foresees."
+    ),
+    "value/offline_error": Metric(
+        title="Error on recorded data", from_zero=True, note="Squared, after the fit, on bootstrapped targets."
+    ),
+    "policy/online_advantage_rms": Metric(title="Advantage size, on-policy", from_zero=True),
+    "policy/offline_advantage_rms": Metric(
+        title="Advantage size, recorded data", from_zero=True, note="0: nothing more is to be gained from the data."
+    ),
+    "policy/kl_max": Metric(title="Largest KL of an update", unit="nats", from_zero=True, note="Over the policies."),
+    "policy/distance_squared": Metric(
+        title="Distance to the recorded action", from_zero=True, note="Squared, of the policy's action."
+    ),
+    "optim/fits_skipped": Metric(
+        title="Fits undone", from_zero=True, note="They ended in NaN or infinity and left the critic as it was."
+    ),
+    "episode/return_max": Metric(title="Best return", note="Of the iteration's episodes."),
     "value/mean": Metric(title="Value"),
     "value/grad_norm": Metric(title="Gradient norm, value", from_zero=True),
     "value/residual_mean": Metric(title="Mean Bellman residual"),
@@ -182,6 +200,11 @@ def describe(name: str, *, agent: bool = False) -> Metric:
         if stem.endswith(suffix) and stem != suffix:
             return replace(metric, title=plain_name(stem.removesuffix(suffix)))
     return Metric(title=plain_name(stem))
+
+
+def is_titled(name: str, *, agent: bool = False) -> bool:
+    """Whether a title was written for this metric, rather than read off its name."""
+    return name in _KNOWN or (agent and name in _OF_AGENTS) or name.endswith("_per_s")
 
 
 def is_spread(name: str) -> bool:

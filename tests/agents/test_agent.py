@@ -1,5 +1,7 @@
 """What all agents share: keywords, acting, keeping and coming back."""
 
+import json
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -10,10 +12,11 @@ from rlalign.agents.agent import Agent
 from rlalign.agents.config import PPOConfig
 from rlalign.agents.keywords import FORMS
 from rlalign.agents.run import load_agent
+from rlalign.agents.timing import IterationTimer
 from rlalign.config import ConfigError
 from rlalign.config_keywords import config_from_keywords
 from rlalign.nn.config import HLGauss
-from rlalign.training import session
+from rlalign.training import session, stopwatch
 from rlalign.training.checkpoint import Checkpoints
 from tests.agents.small_agents import in_spaces, iterated, small
 from tests.agents.tiny_environments import scripted
@@ -196,3 +199,62 @@ def test_an_error_of_the_callback_ends_the_run_after_the_iteration_is_saved(tmp_
     with pytest.raises(KeyError, match="mine"):
         agent.fit(total_env_steps=1000)
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [64]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PPO(gym.make("CartPole-v1")), "`env` must be an id .*got TimeLimit.*SyncVectorEnv"),
+        (lambda: PPO(PPOConfig()), r"a config object goes to PPO.from_config\(config\)"),
+        (lambda: PPO("CartPole-v1", config=PPOConfig()), r"a config object goes to PPO.from_config\(config\)"),
+        (lambda: PPO("CartPole-v1", dataset={"rewards": [1]}), "`dataset` must be a path, .*got dict"),
+        (lambda: PPO("CartPole-v1", device="gpu"), "`device`=gpu: .*Set it to cpu"),
+        (lambda: PPO("CartPole-v1", step_timeout_s=1.0), "`env.step_timeout_s` needs copies in processes"),
+        (lambda: small(PPO).fit(total_env_steps=0), "`total_env_steps` must be at least 1, got 0"),
+    ],
+)
+def test_what_would_be_passed_over_is_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_observations_of_another_shape_are_refused():
+    agent = small(PPO)
+    with pytest.raises(ValueError, match=r"an observation must have shape \[4\], got \[2\]"):
+        agent.predict([0.0, 0.0])
+    parts = in_spaces(PPO, observation="dict").environments.observation_space.sample()
+    with pytest.raises(ValueError, match=r"an observation `position` must have shape \[2\], got \[3\]"):
+        in_spaces(PPO, observation="dict").predict({**parts, "position": [0.0] * 3}, deterministic=True)
+
+
+def test_no_episodes_are_no_evaluation():
+    with pytest.raises(ValueError, match="`episodes` must be at least 1, got 0"):
+        small(PPO).evaluate(0)
+
+
+def test_a_record_accounts_for_the_iterations_that_were_not_recorded(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(stopwatch, "perf_counter", lambda: now[0])
+    timer = IterationTimer("env_steps")
+    for seconds in (1.0, 3.0):
+        timer.phases.restart()
+        with timer.phases("collect"):
+            now[0] += seconds
+        told = timer.lap(10)
+        now[0] += 100.0  # an evaluation
+    assert told == {"time/collect_s": 3.0, "time/step_s": 3.0, "throughput/env_steps_per_s": 10 / 3}
+    assert timer.record() == {"time/collect_s": 4.0, "time/step_s": 4.0, "throughput/env_steps_per_s": 5.0}
+    timer.phases.restart()
+    now[0] += 2.0
+    timer.lap(1)
+    assert timer.record() == {"time/step_s": 2.0, "throughput/env_steps_per_s": 0.5}
+
+
+def test_records_of_a_run_add_up_to_all_its_iterations(tmp_path):
+    spent = []
+    agent = small(PPO, log={"every": 3}, run_dir=tmp_path / "run", callback=lambda _, m: spent.append(m["time/step_s"]))
+    agent.fit(total_env_steps=7 * 64)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [row["time/step_s"] for row in rows if row["kind"] == "train"]
+    assert (len(spent), len(logged)) == (7, 3)
+    assert sum(logged) == pytest.approx(sum(spent), rel=1e-3)

@@ -186,7 +186,7 @@ def test_a_name_that_is_neither_path_nor_dataset(tmp_path):
     pytest.importorskip("minari")
     with pytest.raises(DatasetError, match=r"nowhere/to-be-v0: no such file, folder, or Minari .*minari download"):
         load_dataset("nowhere/to-be-v0")
-    with pytest.raises(DatasetError, match=r"gone\.npz: cannot be read"):
+    with pytest.raises(DatasetError, match=r"gone\.npz: no such file"):
         load_dataset(tmp_path / "gone.npz")
 
 

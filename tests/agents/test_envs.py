@@ -7,7 +7,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from rlalign.agents.config import EnvConfig, PPOConfig
 from rlalign.agents.envs import Environments, make_environments
-from rlalign.agents.surroundings import played
+from rlalign.agents.surroundings import play_config
 from rlalign.config import ConfigError
 from tests.agents.tiny_environments import ANY, MODES, AnySpaces, scripted
 
@@ -258,7 +258,7 @@ def test_atari_copies():
 def test_atari_is_evaluated_as_it_is_learned_but_for_its_own_score():
     pytest.importorskip("ale_py")
     config = PPOConfig(env=ATARI)
-    cfg = played(config, make_environments(ATARI, seed=0))
+    cfg = play_config(config, make_environments(ATARI, seed=0))
     assert (cfg.vectorization, cfg.kwargs) == (
         "native",
         {"stack_num": 3, "reward_clipping": False, "episodic_life": False},
@@ -268,5 +268,5 @@ def test_atari_is_evaluated_as_it_is_learned_but_for_its_own_score():
 
 def test_a_vector_form_that_shows_the_same_is_evaluated_copy_by_copy():
     config = PPOConfig(env=EnvConfig(id="CartPole-v1", vectorization="native", num_envs=2))
-    cfg = played(config, make_environments(config.env, seed=0))
+    cfg = play_config(config, make_environments(config.env, seed=0))
     assert (cfg.vectorization, cfg.id, cfg.kwargs) == ("sync", "CartPole-v1", {})

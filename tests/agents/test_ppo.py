@@ -279,7 +279,7 @@ def check_trains(agent):
     ("settings", "message"),
     [
         ({"minibatch_size": 65}, r"`minibatch_size`=65 is more than a rollout has: .* = 64 decisions"),
-        ({"advantage": "leave_one_out"}, "compares whole episodes from equal starts; PPOConfig has a critic"),
+        ({"advantage": "leave_one_out"}, "compares whole episodes from equal starts; PPO has a critic"),
         ({"value_head": {"type": "c51", "low": -1, "high": 1}}, "`value_head.type: c51`"),
         ({"value_head": "hl_gauss", "value_clip": 0.2}, "`value_clip` has no meaning for a classification head"),
         ({"env": ""}, "needs an environment"),
