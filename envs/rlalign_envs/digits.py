@@ -61,7 +61,8 @@ def pictures(samples: np.ndarray) -> np.ndarray:
 class DigitJudge:
     """The weak judge as a proxy and the strong one as gold, as a simulator.
 
-    It fits where samples alone are judged; to reward the digit that was asked for, use the function `margin`. Pixels are cut to [-1, 1] before they are judged, as an image file would cut them.
+    It fits where samples alone are judged; to reward the digit that was asked for, use the function `margin`.
+    Pixels are cut to [-1, 1] before they are judged, as an image file would cut them.
     """
 
     proxy, gold = "margin", "gold"
@@ -204,9 +205,9 @@ def _split() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarra
     """Images [n, 8, 8] and labels of the generator's share and of the held-out one."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    order = np.random.default_rng(_SPLIT_SEED).permutation(len(found.target))
-    images, labels = found.images[order] / 8 - 1, found.target[order].astype(np.int64)
+    pixels, target = (np.asarray(part) for part in load_digits(return_X_y=True))
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(target))
+    images, labels = pixels[order].reshape(-1, SIDE, SIDE) / 8 - 1, target[order].astype(np.int64)
     cut = GENERATOR_IMAGES
     return (images[:cut], labels[:cut]), (images[cut:], labels[cut:])
 

@@ -64,10 +64,9 @@ class Agent(Contract):
         **config: Any,
     ):
         check_given(type(self).__name__, env, dataset, config)
-        given = {"env": env} if isinstance(env, str) else {}
-        settings = config_from_keywords(
-            self.config_class, {**given, **config, "seed": seed, **_dataset(dataset)}, FORMS
-        )
+        named = {"env": env, "dataset": dataset}
+        given = {name: str(value) for name, value in named.items() if isinstance(value, str | Path)}
+        settings = config_from_keywords(self.config_class, {**config, **given, "seed": seed}, FORMS)
         self.description: Mapping[str, Any] = {}
         self._begin(settings, env if isinstance(env, VectorEnv) else None, dataset, run_dir, callback, None)
 
@@ -297,7 +296,3 @@ class Agent(Contract):
             return None
         count = self.config.eval.num_envs
         return make_environments(self.play_config, seed=self.config.seed, num_envs=count, role="evaluation")
-
-
-def _dataset(dataset: Any) -> dict[str, Any]:
-    return {"dataset": str(dataset)} if isinstance(dataset, str | Path) else {}

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rlalign.diffusion.flow_grpo import FlowGRPOTrainer
     from rlalign.diffusion.generator import ConditionalFlowPipeline
     from rlalign.diffusion.guidance import adaptive_projected_guidance
+    from rlalign.diffusion.guider import PaperAPG
     from rlalign.diffusion.pretrain import pretrain
     from rlalign.diffusion.sampling import StochasticSampler
     from rlalign.diffusion.tiny import tiny_call, tiny_pipeline
@@ -17,6 +18,7 @@ _HOMES = {
     "ConditionalFlowPipeline": "generator",
     "DSOTrainer": "dso",
     "FlowGRPOTrainer": "flow_grpo",
+    "PaperAPG": "guider",
     "SDEConfig": "config",
     "StochasticSampler": "sampling",
     "adaptive_projected_guidance": "guidance",

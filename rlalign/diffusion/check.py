@@ -71,8 +71,8 @@ def _flow_grpo_notes(config: FlowGRPOConfig) -> list[str]:
     samples = rollout.prompts_per_step * rollout.group_size
     steps = rollout.window or trained_steps(rollout)
     notes = [
-        f"a step draws {samples:,} samples and trains {steps} of {rollout.num_inference_steps} denoising steps of each, "
-        f"in {optim.update_epochs * optim.minibatches} optimizer steps"
+        f"a step draws {samples:,} samples and trains {steps} of {rollout.num_inference_steps} denoising steps of "
+        f"each, in {optim.update_epochs * optim.minibatches} optimizer steps"
     ]
     return notes + _evaluation_notes(config, "step", config.total_steps)
 

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from rlalign.buffers import Input, Rollout
+from rlalign.config import ConfigError
 from rlalign.diffusion.config import SamplingConfig
 from rlalign.diffusion.consistency import window_bounds
 from rlalign.diffusion.prompts import Prompts
@@ -45,6 +47,19 @@ class Drawn:
             if len(here):
                 yield piece, places[here] - first, here
             first += count
+
+
+def sampler_of(pipeline: DiffusionPipeline, cfg: SamplingConfig) -> StochasticSampler:
+    """What draws the rollouts.
+
+    Raises:
+        ConfigError: The pipeline's scheduler does not fit the noise.
+    """
+    storage = "cpu" if cfg.offload else None
+    try:
+        return StochasticSampler(pipeline, cfg.sde, trained_fraction=cfg.trained_fraction, storage=storage)
+    except ValueError as error:
+        raise ConfigError(f"`rollout.sde`: {error}") from error
 
 
 def draw(

@@ -60,13 +60,16 @@ def infer_combiner(
     if len(branches) > 1 and _all_equal(branches):
         return None
     tried = [known] if known is not None and len(known.others) + 1 == len(branches) else []
+    if tried and _error(tried[0](branches), prediction) == 0:
+        return tried[0]
     tried += _proposals(branches, prediction, candidates)
     error, best = min(((_error(one(branches), prediction), one) for one in tried), key=lambda pair: pair[0])
     if error > _ROUNDINGS * torch.finfo(prediction.dtype).eps:
         raise NotCombined(
             f"the {len(branches)} outputs of the denoiser do not add up to the prediction that the scheduler got "
             f"(relative error {error:.1e}), so the pipeline does more than classifier-free guidance with it, such as "
-            "`guidance_rescale` or a renormalisation. Switch that off, or score by `replay_by_pipeline`."
+            "`guidance_rescale` or a renormalisation. Switch that off, or score by `replay_by_pipeline` (the sampler's "
+            "`by_pipeline=True`)."
         )
     return best
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlalign.advantages import build_estimator
 from rlalign.buffers import Rollout, RolloutBuffer, TrainBatch
-from rlalign.diffusion.collect import Drawn, assemble, draw
+from rlalign.diffusion.collect import Drawn, assemble, draw, sampler_of
 from rlalign.diffusion.config import FlowGRPOConfig
 from rlalign.diffusion.consistency import check_flow_grpo
 from rlalign.diffusion.parity import require_parity
@@ -84,12 +84,7 @@ class FlowGRPOTrainer:
         self.tuned, self.prompts, self.judge = parts.tuned, parts.prompts, parts.judge
         self.evaluator, self.session, self.accelerator = parts.evaluator, parts.session, parts.accelerator
         check_flow_grpo(cfg, processes=self.accelerator.num_processes, simulator=self.judge.simulator is not None)
-        self.sampler = StochasticSampler(
-            self.tuned.pipeline,
-            cfg.rollout.sde,
-            trained_fraction=cfg.rollout.trained_fraction,
-            storage="cpu" if cfg.rollout.offload else None,
-        )
+        self.sampler = sampler_of(self.tuned.pipeline, cfg.rollout)
         updates = cfg.total_steps * cfg.optim.update_epochs * cfg.optim.minibatches
         self.estimator, self.buffer = build_estimator(cfg.advantage), RolloutBuffer()
         self.tuning = Tuning(self.tuned, cfg.optim, total=updates, accelerator=self.accelerator)

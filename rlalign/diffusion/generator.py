@@ -113,9 +113,9 @@ class FlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.condition = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, channels)
         # Every block begins as the identity and the velocity as zero, so that large learning rates are safe.
-        for layer in (*(block.condition for block in self.blocks), self.condition, self.out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for name, parameter in self.named_parameters():
+            if "condition" in name or name.startswith("out."):
+                nn.init.zeros_(parameter)
 
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, labels: Tensor, return_dict: bool = True
@@ -135,6 +135,7 @@ class FlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             x = x + self.place
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
+                assert self._gradient_checkpointing_func is not None  # set with the flag
                 x = self._gradient_checkpointing_func(block, x, condition)
             else:
                 x = block(x, condition)
@@ -198,25 +199,15 @@ class ConditionalFlowPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """
         if output_type not in ("np", "latent"):
             raise ValueError(f"`output_type` must be 'np' or 'latent', got {output_type!r}.")
-        transformer, device = self.transformer, self._execution_device
+        device = self._execution_device
         index = self._indices(labels).to(device)
-        latents = self._noise(len(index), latents, generator, device)
-        guided = guidance_scale > 1
-        null = torch.full_like(index, transformer.config["classes"])
-        conditions = torch.cat([null, index]) if guided else index
+        x = self._noise(len(index), latents, generator, device)
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         self.scheduler.set_timesteps(sigmas=sigmas, device=device)
         for t in self.scheduler.timesteps:
-            rows = torch.cat([latents, latents]) if guided else latents
-            velocity = transformer(
-                hidden_states=rows, timestep=t.expand(len(rows)), labels=conditions, return_dict=False
-            )[0]
-            if guided:
-                unconditional, conditional = velocity.chunk(2)
-                velocity = unconditional + guidance_scale * (conditional - unconditional)
-            latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+            x = self.scheduler.step(self._velocity(x, t, index, guidance_scale), t, x, return_dict=False)[0]
         self.maybe_free_model_hooks()
-        samples = latents if output_type == "latent" else self.decode(latents)
+        samples = x if output_type == "latent" else self.decode(x)
         return SampleOutput(samples=samples) if return_dict else (samples,)
 
     def encode(self, samples: np.ndarray) -> Tensor:
@@ -228,6 +219,19 @@ class ConditionalFlowPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """Turn latents into samples in the data's units, float32."""
         mean, std = self._statistics()
         return (latents.detach().double().cpu().numpy() * std + mean).astype(np.float32)
+
+    def _velocity(self, x: Tensor, t: Tensor, labels: Tensor, guidance_scale: float | int) -> Tensor:
+        if guidance_scale <= 1:
+            return self.transformer(hidden_states=x, timestep=t.expand(len(x)), labels=labels, return_dict=False)[0]
+        null = torch.full_like(labels, self.transformer.config["classes"])
+        both = self.transformer(
+            hidden_states=torch.cat([x, x]),
+            timestep=t.expand(2 * len(x)),
+            labels=torch.cat([null, labels]),
+            return_dict=False,
+        )[0]
+        unconditional, conditional = both.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
 
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
         data = self.config["data"]
@@ -264,7 +268,7 @@ def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def _time_features(timestep: Tensor) -> Tensor:
-    """Sines and cosines of 1000 sigma, [B] -> [B, 64], float32: half precision cannot tell neighbouring levels apart."""
+    """Sines and cosines of 1000 sigma, [B] -> [B, 64], float32: half precision cannot tell near levels apart."""
     half = _TIME_FEATURES // 2
     frequencies = torch.exp(-math.log(_LONGEST_PERIOD) / half * torch.arange(half, device=timestep.device))
     angle = timestep.float()[:, None] * frequencies

@@ -102,7 +102,7 @@ class AdaptiveProjection:
             state: keep it beside the latents where transitions are to be replayed), and the step's figures.
         """
         wide = _wide(x)
-        denoised, other = (space.to_denoised(_wide(one), wide) for one in (cond, uncond))
+        denoised, other = (space.denoised(_wide(one), wide) for one in (cond, uncond))
         guided, after = adaptive_projected(
             denoised,
             other,
@@ -119,7 +119,7 @@ class AdaptiveProjection:
             limited_frac=float((_norms(after) > self.norm_threshold).double().mean()) if self.norm_threshold else 0.0,
             parallel_frac=float(_parallel_fractions(after, denoised).mean()),
         )
-        return space.from_denoised(guided, wide), after, figures
+        return space.prediction(guided, wide), after, figures
 
 
 @dataclass(frozen=True, kw_only=True)

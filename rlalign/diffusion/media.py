@@ -107,7 +107,7 @@ def turntable(
         _grid([draw_shape(s, size=tile, azimuth_deg=angle, smooth=2) for s in shapes], None, passed, columns)
         for angle in angles
     ]
-    options = {"quality": 60, "method": 2} if path.suffix.lower() == ".webp" else {"optimize": True}
+    options: dict[str, Any] = {"quality": 60, "method": 2} if path.suffix.lower() == ".webp" else {"optimize": True}
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=_FRAME_MS, loop=0, **options)
     return path
 

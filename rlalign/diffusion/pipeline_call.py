@@ -65,7 +65,7 @@ def per_sample(arguments: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
     images = arguments.get("num_images_per_prompt") or 1
     prompts = batch_size // images
 
-    def spread(name: str, value: Any) -> Any:
+    def per_image(name: str, value: Any) -> Any:
         if isinstance(value, str) and "prompt" in name:
             return [value] * batch_size
         if images > 1 and isinstance(value, list) and len(value) == prompts and name not in _NOT_ROWS:
@@ -74,8 +74,8 @@ def per_sample(arguments: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
             return value.repeat_interleave(images, dim=0)
         return value
 
-    spread_out = {name: spread(name, value) for name, value in arguments.items()}
-    return spread_out | ({"num_images_per_prompt": 1} if images > 1 else {})
+    written_out = {name: per_image(name, value) for name, value in arguments.items()}
+    return written_out | ({"num_images_per_prompt": 1} if images > 1 else {})
 
 
 @contextmanager

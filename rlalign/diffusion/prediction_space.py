@@ -35,7 +35,7 @@ class PredictionSpace:
     sign: int = 1
     """-1 where the model predicts the negative of the named quantity."""
 
-    def to_denoised(
+    def denoised(
         self, prediction: Float[Tensor, "batch *dims"], x: Float[Tensor, "batch *dims"]
     ) -> Float[Tensor, "batch *dims"]:
         """Return x̂0 of a prediction made at the latents `x`, those that the scheduler's step takes."""
@@ -44,10 +44,10 @@ class PredictionSpace:
             self.sign * prediction, scaled, kind=self.kind, sigma=self.sigma, alpha_bar=self.alpha_bar
         )
 
-    def from_denoised(
+    def prediction(
         self, denoised: Float[Tensor, "batch *dims"], x: Float[Tensor, "batch *dims"]
     ) -> Float[Tensor, "batch *dims"]:
-        """Return the prediction that `to_denoised` turns into `denoised`."""
+        """Return the prediction that `denoised` turns into `denoised`."""
         scaled, target = x / self.data_std, denoised / self.data_std
         return self.sign * from_denoised(target, scaled, kind=self.kind, sigma=self.sigma, alpha_bar=self.alpha_bar)
 

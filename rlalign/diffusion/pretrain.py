@@ -130,8 +130,8 @@ def _check(data: np.ndarray, labels: np.ndarray, names: list[str]) -> None:
         raise ValueError(f"{int((~np.isfinite(data).all((1, 2))).sum())} of {len(data)} samples are not finite.")
     if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= len(names):
         raise ValueError(
-            f"labels must be integers from 0 to {len(names) - 1} for the {len(names)} `class_names`, got {labels.dtype} "
-            f"from {labels.min()} to {labels.max()}."
+            f"labels must be integers from 0 to {len(names) - 1} for the {len(names)} `class_names`, got "
+            f"{labels.dtype} from {labels.min()} to {labels.max()}."
         )
 
 

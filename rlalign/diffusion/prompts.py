@@ -40,7 +40,7 @@ class Prompts:
             ConfigError: There is none, the pipeline takes none of `PLACES`, or the rows differ in their names.
         """
         parameters = list(inspect.signature(type(pipeline).__call__).parameters)
-        if isinstance(prompts, str | Mapping) or not len(prompts):
+        if isinstance(prompts, str) or not len(prompts):
             raise ConfigError(f"`prompts` must be a list with at least one entry, got {prompts!r}.")
         plain = not all(isinstance(row, Mapping) for row in prompts)
         place = next((name for name in PLACES if name in parameters), "" if not plain else None)

@@ -1,5 +1,6 @@
 """What judges samples: a function of them, or a simulator with several outcomes."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,7 +178,10 @@ def _of_samples(reward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _loaded(cfg: SampleRewardConfig) -> Any:
     try:
-        return RewardFunction(name="reward", import_path=cfg.function, arguments=cfg.args).load()
+        target = import_object(cfg.function)
+        if isinstance(target, type):
+            return target(**cfg.args)
+        return functools.partial(target, **cfg.args) if cfg.args else target
     except (ImportError, TypeError, ValueError) as error:
         raise ConfigError(f"`reward.function`={cfg.function}: {error}") from error
 

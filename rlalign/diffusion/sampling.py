@@ -17,7 +17,7 @@ from rlalign.diffusion.recorder import Recorder
 from rlalign.diffusion.sde import Step, StochasticStep, stochastic_scheduler
 from rlalign.diffusion.trajectory import StepScore, Taken, Trajectory
 from rlalign.functional.flow import gaussian_log_prob
-from rlalign.training.seeding import generator
+from rlalign.training.seeding import derived_seed
 
 Window = tuple[int, int]
 
@@ -115,7 +115,8 @@ class StochasticSampler:
                 recorder.close_step(step)
             taken.add(step)
 
-        scheduler.noise = lambda position, like: _step_noise(seeds, position, like)
+        own = [derived_seed(seed, "denoise") for seed in seeds]
+        scheduler.noise = lambda position, like: _step_noise(own, position, like)
         scheduler.listener = listen
         noise = [torch.Generator().manual_seed(seed) for seed in initial]
         listening = nullcontext() if self.by_pipeline else recorder
@@ -141,7 +142,7 @@ class StochasticSampler:
             steps: The step of each.
 
         Raises:
-            NotCombined: The pipeline's guidance was not recognised; `replay_by_pipeline` needs no knowledge of it.
+            NotCombined: The pipeline's guidance was not recognised; `by_pipeline` needs no knowledge of it.
             ValueError: A step drew nothing, so it has no density.
         """
         if trajectory.tape is None:
@@ -154,9 +155,9 @@ class StochasticSampler:
     def replay_by_pipeline(self, trajectory: Trajectory, rows: Int[Tensor, " n"], step: int) -> StepScore:
         """Score one step of some samples by running the pipeline's own `__call__` for that step alone, with gradient.
 
-        Slower than `replay` by the pipeline's overhead, and right for whatever a pipeline does between its denoiser and
-        its scheduler. Only its count of steps starts again at 0: guidance that depends on it is evaluated wrongly. Text
-        is not encoded again if the sampler was made with `by_pipeline`, or could not recognise the guidance.
+        Right for whatever a pipeline does between its denoiser and its scheduler, but its count of steps starts again
+        at 0: guidance that depends on it is evaluated wrongly. Slower than `replay`. Text is not encoded again if the
+        sampler was made with `by_pipeline`, or could not recognise the guidance.
 
         Raises:
             ValueError: The step drew nothing, so it has no density.
@@ -179,9 +180,7 @@ class StochasticSampler:
         Above a tenth of the clip range, look for: another batch size or precision in training (bfloat16 on a GPU),
         autocast around one of the two, compilation, quantised or trained text encoders.
 
-        Args:
-            trajectory: From `sample`, with the weights that drew it.
-            limit_rows: Look only at this many samples; None: at all.
+        `limit_rows` looks only at that many samples; None: at all.
 
         Raises:
             ValueError: Nothing of the trajectory is scored.
@@ -266,10 +265,12 @@ def _check_window(window: Window | None) -> None:
 
 
 def _step_noise(seeds: Sequence[int], position: int, like: Tensor) -> Tensor:
-    """Noise of each sample's own generator, drawn on the CPU so that every device gets the same."""
+    """Noise that is a function of a sample's seed and the step, drawn on the CPU so that every device gets the same."""
     _check_count(like, seeds)
-    rows = [torch.randn(like.shape[1:], generator=generator(seed, "denoise", position)) for seed in seeds]
-    return torch.stack(rows).to(like)
+    source, noise = torch.Generator(), torch.empty(like.shape)
+    for row, seed in zip(noise, seeds, strict=True):
+        row.normal_(generator=source.manual_seed(seed + position))
+    return noise.to(like)
 
 
 def _numbers(pipeline: DiffusionPipeline, call: Mapping[str, Any]) -> list[float]:

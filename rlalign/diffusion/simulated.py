@@ -41,7 +41,7 @@ _OUTCOME = "outcome/"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SimulatedSet:
-    """Samples of one round. Those that could not be judged have NaN outcomes and stay, so that rows keep their place."""
+    """Samples of one round. Those that could not be judged have NaN outcomes and stay: rows keep their place."""
 
     latents: Float[Tensor, "samples *dims"]
     """Clean latents as the denoiser sees them, on the CPU."""

@@ -12,6 +12,7 @@ from rlalign.agents.agent import Agent
 from rlalign.agents.config import PPOConfig
 from rlalign.agents.keywords import FORMS
 from rlalign.agents.run import load_agent
+from rlalign.agents.surroundings import check_given
 from rlalign.agents.timing import IterationTimer
 from rlalign.config import ConfigError
 from rlalign.config_keywords import config_from_keywords
@@ -204,8 +205,11 @@ def test_an_error_of_the_callback_ends_the_run_after_the_iteration_is_saved(tmp_
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PPO(gym.make("CartPole-v1")), "`env` must be an id .*got TimeLimit.*SyncVectorEnv"),
-        (lambda: PPO(PPOConfig()), r"a config object goes to PPO.from_config\(config\)"),
+        (
+            lambda: check_given("PPO", gym.make("CartPole-v1"), None, {}),
+            "`env` must be an id .*got TimeLimit",
+        ),
+        (lambda: check_given("PPO", PPOConfig(), None, {}), r"a config object goes to PPO.from_config\(config\)"),
         (lambda: PPO("CartPole-v1", config=PPOConfig()), r"a config object goes to PPO.from_config\(config\)"),
         (lambda: PPO("CartPole-v1", dataset={"rewards": [1]}), "`dataset` must be a path, .*got dict"),
         (lambda: PPO("CartPole-v1", device="gpu"), "`device`=gpu: .*Set it to cpu"),

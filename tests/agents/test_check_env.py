@@ -9,6 +9,7 @@ import pytest
 from rlalign.agents import check_env as module
 from rlalign.agents.check_env import EnvironmentReport, probe_environment
 from rlalign.config import ConfigError
+from tests.agents.tiny_environments import ANY
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -109,3 +110,8 @@ def test_an_unknown_id_names_the_nearest():
         probe_environment("CartPol-v1")
     with pytest.raises(ConfigError, match="ModuleNotFoundError"):
         probe_environment("no_such_module:Thing-v0")
+
+
+def test_images_suit_only_those_that_see_them():
+    suits = details(probe_environment(ANY, observation="pixels"), "pass")["agents"]
+    assert suits.startswith("ppo, trpo, policy_gradient_agent; those that learn from recorded data take neither")

@@ -187,3 +187,10 @@ def test_odice_finds_the_best_path_in_pieces_where_cloning_does_not(tmp_path):
     fork = np.eye(3, dtype=np.float32)[:1]
     assert dice.predict(fork)[0].tolist() == [0]
     assert clone.predict(fork)[0].tolist() == [1]
+
+
+def test_training_without_data_stops_before_a_run_begins(tmp_path):
+    agent = BC("CartPole-v1", run_dir=tmp_path / "run", eval={"video": False})
+    with pytest.raises(ConfigError, match="BC learns from recorded data: set `dataset`"):
+        agent.fit(total_updates=10)
+    assert not (tmp_path / "run").exists()

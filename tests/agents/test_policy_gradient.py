@@ -98,6 +98,7 @@ def test_minibatches_keep_groups_whole():
         ({"num_envs": 6, "group_size": 4}, "`env.num_envs`=6 must be a multiple of `group_size`=4"),
         ({**FOUR, "advantage": "gae"}, "`advantage.type`=gae needs more than episode outcomes"),
         ({**FOUR, "vectorization": "native"}, "seeded one by one"),
+        ({**FOUR, "normalize": {"rewards": True}}, "`normalize.rewards` has no meaning here"),
     ],
 )
 def test_contradictions(settings, message):

@@ -1,6 +1,7 @@
 """PPO's update against a slow one in double precision, its switches, and every kind of space."""
 
 import math
+import shutil
 from itertools import chain
 
 import pytest
@@ -289,3 +290,12 @@ def test_contradictions_are_found_before_anything_is_built(settings, message):
     env = settings.pop("env", "CartPole-v1")
     with pytest.raises(ConfigError, match=message):
         small(PPO, env, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
+def test_a_compiled_update_is_the_plain_one_with_a_support_that_is_found_too():
+    settings = {"value_head": "hl_gauss", "network": {"hidden": [4]}, "update_epochs": 1}
+    plain, compiled = (small(PPO, compile=on, **settings).iterate() for on in (False, True))
+    for name in ("value/error", "policy/kl", "optim/grad_norm", "value/support_high"):
+        assert compiled[name] == pytest.approx(plain[name], rel=1e-4, abs=1e-6)

@@ -8,6 +8,7 @@ from torch import distributions
 from torch.func import functional_call
 
 from rlalign.agents import TRPO
+from rlalign.agents.config import TRPOConfig
 from tests.agents.small_agents import decided, in_spaces, iterated, small
 from tests.agents.test_ppo import advantages_of
 from tests.agents.tiny_environments import ACTIONS
@@ -129,6 +130,13 @@ def test_masked_actions_are_never_taken(mask):
         metrics = iterated(agent).metrics  # the environment raises at a forbidden action
         assert metrics["policy/step_accepted"] == 1
         assert metrics["policy/kl"] <= 0.01 * 1.001
+
+
+def test_defaults_are_those_of_sb3_contrib():
+    cfg = TRPOConfig()
+    assert (cfg.max_kl, cfg.damping, cfg.cg_iterations, cfg.shrink, cfg.backtracks) == (0.01, 0.1, 15, 0.8, 10)
+    assert (cfg.minibatch_size, cfg.critic_epochs, cfg.rollout_steps) == (128, 10, 2048)
+    assert (cfg.optim.learning_rate, cfg.optim.eps, cfg.optim.max_grad_norm) == (1e-3, 1e-5, None)
 
 
 def test_normalise_and_project_and_a_classification_head():

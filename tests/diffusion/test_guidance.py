@@ -36,7 +36,7 @@ class Oracle(nn.Module):
 
     def forward(self, latents, timestep, which):
         space = prediction_space(self.scheduler, timestep)
-        made = [space.from_denoised(self.denoised[side], latents) for side in which]
+        made = [space.prediction(self.denoised[side], latents) for side in which]
         return (torch.cat(made).to(latents.dtype),)
 
 

@@ -17,6 +17,8 @@ from rlalign.diffusion.sampling import StochasticSampler
 from rlalign.diffusion.tiny import TINY_KINDS, tiny_call, tiny_pipeline
 from tests.diffusion.small_runs import points_pipeline
 
+# diffusers' Euler scheduler of SDXL hands a tensor to numpy in a way that numpy 2 warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 LORA = LoRASettings(r=2, alpha=7.0)  # alpha / r = 3.5: lost settings would show
 
 
@@ -34,7 +36,12 @@ def drawn(pipeline, kind):
     noise = [torch.Generator().manual_seed(k) for k in range(2)]
     if kind == "points":
         return torch.from_numpy(pipeline([0, 1], num_inference_steps=3, generator=noise).samples)
-    return pipeline(**tiny_call(kind, 2), generator=noise, output_type="latent").images
+    call = {name: like(pipeline, value) for name, value in tiny_call(kind, 2).items()}
+    return pipeline(**call, generator=noise, output_type="latent").images
+
+
+def like(pipeline, value):
+    return value.to(pipeline.dtype) if isinstance(value, torch.Tensor) else value
 
 
 def made(kind):

@@ -12,6 +12,7 @@ from rlalign.functional.policy import (
     masked_correction,
     sequence_ratio,
     sequence_token_ratio,
+    step_clip,
     truncated_correction,
 )
 from rlalign.functional.ratios import bounded_ratio
@@ -188,3 +189,33 @@ def test_a_step_without_noise_has_no_ratio():
     zeros = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="`std` must be > 0 at every step, got 0.0; mask the steps that add no noise"):
         guarded_log_ratio(torch.zeros(2), torch.zeros(2), zeros, zeros, torch.tensor([0.1, 0.0]))
+
+
+def test_the_authors_average_of_the_drift_mixes_samples():
+    """yifan123/flow_grpo issue 244: drifts .03125 and 1.125 become .578125 for both."""
+    mean = f64([[0.1, 0.0, 0.0, 0.0], [0.3, -0.3, 0.3, -0.3]])
+    log_ratio, std = f64([0.09375, -2.25]), f64([0.2, 0.2])
+    arguments = (log_ratio, torch.zeros_like(log_ratio), mean, torch.zeros_like(mean), std)
+    assert guarded_log_ratio(*arguments).tolist() == pytest.approx([0.025, -0.225], abs=1e-12)
+    assert guarded_log_ratio(*arguments, drift_over="batch").tolist() == pytest.approx([0.134375, -0.334375], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "guard", "plain"),
+    [
+        (16384, 4e-6, 2e-4),  # Stable Diffusion 1.5 at 512
+        (65536, 2e-6, 1e-4),  # Stable Diffusion 3.5 at 512: the authors' own
+        (262144, 1e-6, 5e-5),  # Flux at 1024
+        (4096, 8e-6, 4e-4),  # 16 x 16 x 16 voxels
+        (64, 6.4e-5, 3.2e-3),
+        (30, 9.3e-5, 4.7e-3),
+    ],
+)
+def test_step_clips_of_common_sizes(dimensions, guard, plain):
+    assert step_clip(dimensions, normalized=True) == pytest.approx(guard, rel=0.02)
+    assert step_clip(dimensions, normalized=False) == pytest.approx(plain, rel=0.02)
+
+
+def test_a_step_clip_needs_dimensions():
+    with pytest.raises(ValueError, match="`dimensions` must be >= 1, got 0"):
+        step_clip(0, normalized=True)
