@@ -85,11 +85,10 @@ def brightness(samples: Any, prompts: Any, **columns: Any) -> list[float]:
 
 
 def measured(trainer: FlowGRPOTrainer, spec: dict[str, Any]) -> dict[str, Any]:
+    process = psutil.Process()
+    before = process.memory_info().rss
     loop = None if spec["arm"] == "rlalign" else PublicLoop(trainer, literal=spec["arm"] == "literal")
     epoch = loop or partial(rlalign_epoch, trainer)
-    difference = 0.0 if loop is None else gradient_difference(trainer, loop)
-    process = psutil.Process()
-    before = process.memory_info().rss - (0 if loop is None else loop.held)
     epochs, peak = [], Peak(process)
     for number in range(spec["epochs"] + 1):
         trainer.metrics.begin()
@@ -99,6 +98,8 @@ def measured(trainer: FlowGRPOTrainer, spec: dict[str, Any]) -> dict[str, Any]:
         if number:
             epochs.append({"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu})
         trainer.step += 1
+    # Last, because it runs both ways and would leave the memory of both behind.
+    difference = 0.0 if loop is None else gradient_difference(trainer, loop)
     return {"epochs": epochs, "memory_mib": (peak.most - before) / 2**20, "gradient_difference": difference}
 
 
@@ -120,10 +121,8 @@ class PublicLoop:
     def __init__(self, trainer: FlowGRPOTrainer, *, literal: bool):
         self.trainer, self.size = trainer, BATCH["literal" if literal else "tuned"]
         self.reference = copy.deepcopy(trainer.tuned.denoiser) if literal else None
-        self.held = 0
         if self.reference is not None:
             self.reference.disable_adapters()
-            self.held = sum(p.numel() * p.element_size() for p in self.reference.parameters())
 
     def __call__(self) -> None:
         trainer = self.trainer

@@ -60,13 +60,13 @@ def one(*values: float) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("objective", "expected"),
     [
-        (DSOObjective(kind="dpo", beta=500), 0.006715348),  # -log sigmoid(-250 (-.02 - 0)) = -log sigmoid(5)
+        (DSOObjective(kind="dpo", beta=500.0), 0.006715348),  # -log sigmoid(-250 (-.02 - 0)) = -log sigmoid(5)
         (DSOObjective(kind="dro"), -0.02),
         (DSOObjective(kind="sft"), 0.10),
         (DSOObjective(kind="floored_dro", floor=1.05), 0.10 - 0.1155),  # min(.12, 1.05 x .11)
         (DSOObjective(kind="floored_dro", floor=1.5), -0.02),
         # 4/100 [sigmoid(-1) - .5] twice: .04 x 2 x (-.231059)
-        (DSOObjective(kind="anchored_dro", beta=100), -0.018484686),
+        (DSOObjective(kind="anchored_dro", beta=100.0), -0.018484686),
     ],
 )
 def test_loss_of_hand_made_errors_on_the_trainers_path(tmp_path: Path, objective, expected):
