@@ -175,6 +175,6 @@ class Unclipped(ActionInterface):
 
     def to_env(self, decisions: Tensor) -> np.ndarray:
         space = self.space
-        if not isinstance(space, spaces.Box) or self.squash:
+        if not isinstance(space, spaces.Box) or self.scaled:
             return super().to_env(decisions)
         return decisions.numpy().reshape(-1, *space.shape).astype(space.dtype, copy=False)

@@ -49,7 +49,9 @@ class OfflineAgent(Agent):
         self.parts = ObservationParts(self.spaces[0])
         if self.parts.images or self.parts.composed:
             raise ConfigError("offline agents take plain observations, no images and no Dict; flatten them first.")
-        self.actions = ActionInterface(self.spaces[1], squash=cfg.network.squash, log_std=cfg.network.log_std)
+        self.actions = ActionInterface(
+            self.spaces[1], squash=cfg.network.squash, scale=True, log_std=cfg.network.log_std
+        )
         self.observations = ObservationNormalizer(self.parts, NormalizeConfig(observations=cfg.normalize_observations))
         self.noise = generator(cfg.seed, "weights")
         make: Any = self.learner_class  # each takes its own config

@@ -70,18 +70,24 @@ class ObservationParts:
 class ActionInterface:
     """Between a policy's decisions (tensors) and an environment's actions (arrays).
 
+    Args:
+        squash: The policy's tanh keeps decisions within (-1, 1), which stand for the space's bounds.
+        scale: -1 and 1 stand for the bounds without a tanh too, where there are bounds: decisions of every dimension
+            are then of one size, whatever unit the space has.
+
     Raises:
         ConfigError: A space that is not `Discrete`, `MultiDiscrete`, `MultiBinary` or a finite-dimensional `Box`.
     """
 
-    def __init__(self, space: spaces.Space, *, squash: bool = False, log_std: float = 0.0):
-        self.space, self.squash = space, squash
+    def __init__(self, space: spaces.Space, *, squash: bool = False, scale: bool = False, log_std: float = 0.0):
+        self.space = space
+        self.scaled = squash or (scale and isinstance(space, spaces.Box) and space.is_bounded())
         self.distribution = _distribution(space, squash=squash, log_std=log_std)
         if squash and isinstance(space, spaces.Box) and not space.is_bounded():
             raise ConfigError("`network.squash` needs an action space with bounds on both sides; set it to false.")
 
     def to_env(self, decisions: Tensor) -> np.ndarray:
-        """Actions in the space's dtype and shape; continuous ones clipped to its bounds (or scaled from (-1, 1))."""
+        """Actions in the space's dtype and shape; continuous ones clipped to its bounds (and scaled from [-1, 1])."""
         actions = decisions.numpy()
         space = self.space
         match space:
@@ -93,7 +99,7 @@ class ActionInterface:
                 return actions.reshape(-1, *space.shape).astype(space.dtype)
             case spaces.Box():
                 shaped = actions.reshape(-1, *space.shape)
-                if self.squash:
+                if self.scaled:
                     shaped = space.low + (shaped + 1) * (space.high - space.low) / 2
                 return np.clip(shaped, space.low, space.high).astype(space.dtype, copy=False)
         raise AssertionError(space)
@@ -110,7 +116,7 @@ class ActionInterface:
                 return torch.from_numpy(np.asarray(actions, dtype=np.int64)).flatten(1)
             case spaces.Box():
                 flat = np.asarray(actions, dtype=np.float32).reshape(len(actions), -1)
-                if self.squash:
+                if self.scaled:
                     low, high = space.low.ravel(), space.high.ravel()
                     flat = ((flat - low) / (high - low) * 2 - 1).astype(np.float32)
                 return torch.from_numpy(flat)

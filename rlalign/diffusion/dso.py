@@ -42,7 +42,8 @@ class DSOTrainer:
         pipeline: A loaded diffusers pipeline, used as it is; or a Hub id, a directory, `module:function`.
         prompts: Texts, class labels, or mappings of call arguments and columns for the reward.
         simulator_or_reward: A `Simulator`, or `f(samples, prompts, **columns)` with a number per sample.
-        config: All settings; or single ones by name, such as `kind="anchored_dro"`, `samples=2000`.
+        config: All settings; or single ones by name, such as `kind="anchored_dro"`, or `call` for arguments of every
+            call of the pipeline.
         run_dir: Where files go; by default `runs/dso`, with a number when that exists.
         callback: Called after every update with its number and metrics.
 

@@ -106,6 +106,6 @@ class DSOMetrics:
         times = {f"time/{name}_s": spent for name, spent in self.seconds.items()}
         return metrics | self.once | times | {"time/step_s": time.perf_counter() - self.started}
 
-    def _add(self, **values: float | Tensor) -> None:
+    def _add(self, **values: float | int | Tensor) -> None:
         for name, value in values.items():
             self.sums[name] += float(value)

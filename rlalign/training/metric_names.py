@@ -1,5 +1,6 @@
 """What the logged metrics are called in front of people: titles, units, one-line meanings."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, isinf, isnan
@@ -20,7 +21,7 @@ class Metric:
 
 
 _KNOWN = {
-    "reward/mean": Metric(title="Reward", note="Mean over the completions of the step, after weighting."),
+    "reward/mean": Metric(title="Reward", note="Mean over the samples of the step, after weighting."),
     "reward/std": Metric(title="Spread of the reward", from_zero=True),
     "reward/error_frac": Metric(title="Failed reward calls", share=True, from_zero=True),
     "reward/timeout_count": Metric(title="Reward calls cut off by the timeout", unit="calls", from_zero=True),
@@ -41,6 +42,21 @@ _KNOWN = {
         title="KL to the reference", unit="nats", note="How far the policy has moved from where it began."
     ),
     "policy/ratio_max": Metric(title="Largest probability ratio", note="New over old probability of one decision."),
+    "policy/ratio_shift": Metric(
+        title="Mean ratio minus 1", note="Of denoising steps, new over old probability per dimension; 0 has no lean."
+    ),
+    "policy/weight_distance": Metric(
+        title="Movement of the weights", from_zero=True, note="Norm of the difference to the weights as they came."
+    ),
+    "reward/unknown_frac": Metric(
+        title="Samples without a reward",
+        share=True,
+        from_zero=True,
+        note="The reward failed or could not judge them; they are in no baseline.",
+    ),
+    "rollout/trajectory_mib": Metric(
+        title="Memory of the recorded steps", unit="MiB", from_zero=True, note="Latents, means and embeddings."
+    ),
     "policy/clip_low_frac": Metric(title="Clipped from below", share=True, from_zero=True),
     "policy/clip_high_frac": Metric(title="Clipped from above", share=True, from_zero=True),
     "optim/grad_norm": Metric(title="Gradient norm", from_zero=True, note="Before clipping."),
@@ -169,6 +185,18 @@ _OF_AGENTS = {  # where the same name means something else, or needs other words
     ),
     "time/step_s": Metric(title="Time per iteration", unit="s", from_zero=True),
 }
+_OF_GENERATORS = {
+    "policy/kl": Metric(
+        title="KL to the reference", unit="nats per dimension", from_zero=True, note="Mean over the denoising steps."
+    ),
+    "eval/reward_mean": Metric(title="Held-out reward", note="From the same noise each time, without noise in steps."),
+}
+_OF_DENOISING = {  # followed by the number of the step, from 0
+    "clip_low_frac": Metric(title="Clipped from below", share=True, from_zero=True),
+    "clip_high_frac": Metric(title="Clipped from above", share=True, from_zero=True),
+    "ratio_shift": Metric(title="Mean ratio minus 1"),
+}
+_DENOISING = re.compile(r"denoising/(?P<what>[a-z_]+)_(?P<step>\d+)")
 _SUFFIXES = (  # longest first; what a name's ending says about its unit
     ("_frac", Metric(title="", share=True, from_zero=True)),
     ("_nats", Metric(title="", unit="nats")),
@@ -182,14 +210,21 @@ _ORDER = ("reward", "episode", "return", "eval", "signal", "policy", "value", "o
 _EVAL_SPREAD = ("_stderr", "_low", "_high")
 
 
-def describe(name: str, *, agent: bool = False) -> Metric:
+def describe(name: str, *, agent: bool = False, generator: bool = False) -> Metric:
     """Look a metric up, or read its unit off the ending of its name (`group/name_unit`).
 
     Args:
         agent: The run is an agent's, where a few names mean something else.
+        generator: The run is a diffusion generator's.
     """
     if agent and name in _OF_AGENTS:
         return _OF_AGENTS[name]
+    if generator and name in _OF_GENERATORS:
+        return _OF_GENERATORS[name]
+    step = _DENOISING.fullmatch(name)
+    if step is not None and step["what"] in _OF_DENOISING:
+        metric = _OF_DENOISING[step["what"]]
+        return replace(metric, title=f"{metric.title}, denoising step {int(step['step']) + 1}")
     if name in _KNOWN:
         return _KNOWN[name]
     stem = name.rpartition("/")[2]
@@ -204,7 +239,9 @@ def describe(name: str, *, agent: bool = False) -> Metric:
 
 def is_titled(name: str, *, agent: bool = False) -> bool:
     """Whether a title was written for this metric, rather than read off its name."""
-    return name in _KNOWN or (agent and name in _OF_AGENTS) or name.endswith("_per_s")
+    step = _DENOISING.fullmatch(name)
+    of_a_step = step is not None and step["what"] in _OF_DENOISING
+    return name in _KNOWN or (agent and name in _OF_AGENTS) or of_a_step or name.endswith("_per_s")
 
 
 def is_spread(name: str) -> bool:

@@ -110,14 +110,15 @@ def _view(run: RunData) -> dict[str, Any]:
         "notes": findings.notes,
         "comparisons": [_comparison_row(item) for item in findings.comparisons],
         "agent": run.agent,
+        "unit": run.unit,
         "eval_steps": sorted(run.eval_samples),
         "media": read_media(run.run_dir),
         "figures": headline_figures(run),
         "other": other_figures(run),
         "episodes": report_samples.episodes(run),
-        "pairs": [] if run.agent else report_samples.pairs(run),
-        "held_out_tables": [] if run.agent else report_samples.held_out_tables(run),
-        "training_tables": [] if run.agent else report_samples.training_tables(run),
+        "pairs": [] if run.agent or run.generator else report_samples.pairs(run),
+        "held_out_tables": [] if run.agent or run.generator else report_samples.held_out_tables(run),
+        "training_tables": [] if run.agent or run.generator else report_samples.training_tables(run),
         "train_samples_step": run.train_samples_step,
         "phases": phases(run),
         "errors": run.errors,
@@ -140,7 +141,7 @@ def subtitle(config: Mapping[str, Any]) -> str:
     for key in keys[1:]:
         inner = config.get(key)
         if isinstance(inner, dict):
-            words += [as_text(inner[name]) for name in ("name", "path", "id") if isinstance(inner.get(name), str)][:1]
+            words += [as_text(inner[name]) for name in ("name", "path", "id", "source") if isinstance(inner.get(name), str)][:1]
     if isinstance(config.get("seed"), int):
         words.append(f"seed {config['seed']}")
     return " · ".join(one_line(word, limit=80) for word in words if word)
@@ -249,14 +250,20 @@ def _commands(run: RunData) -> list[tuple[str, str]]:
     commands = [
         ("Run it again from the start", f"rlalign train {config} --run-dir {again}"),
         ("Evaluate the newest checkpoint", f"rlalign eval {where}"),
-        ("Play episodes with it", f"rlalign sample {where} --count 3")
-        if run.agent
-        else ("Talk to it", f"rlalign sample {where}"),
+        _try_it(run, where),
         ("Draw this page again", f"rlalign report {where}"),
     ]
     if run.status.get("status") != "done":
         commands.insert(0, ("Continue where it stopped", f"rlalign resume {where}"))
     return commands
+
+
+def _try_it(run: RunData, where: str) -> tuple[str, str]:
+    if run.agent:
+        return "Play episodes with it", f"rlalign sample {where} --count 3"
+    if run.generator:
+        return "Draw samples with it", f"rlalign sample {where} --count 4"
+    return "Talk to it", f"rlalign sample {where}"
 
 
 def _table(content: Mapping[str, Any]) -> list[tuple[str, str]]:

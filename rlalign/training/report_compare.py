@@ -55,7 +55,7 @@ def compare(run: RunData) -> list[Comparison]:
     """Compare the first evaluation with the last: correctness first, then the reward, then its parts."""
     found = [*_compare_samples(run), *_against_baselines(run)]
     if all(item.change is None for item in found):  # samples of one evaluation only: the logged means may know more
-        found = [replace(item, unit="start") if run.agent else item for item in _compare_records(run.eval)] or found
+        found = [replace(item, unit=run.unit) for item in _compare_records(run.eval)] or found
     return sorted(found, key=lambda item: (item.phrasing, not _CORRECTNESS.search(item.name)))
 
 
@@ -82,6 +82,7 @@ def _compare_samples(run: RunData) -> list[Comparison]:
     names = [""] if run.agent else _names(last)
     found = [_compare(name, _by_problem(first, name), _by_problem(last, name)) for name in names]
     found = [_of_agent(item) for item in found] if run.agent else found
+    found = [None if item is None else replace(item, unit=run.unit) for item in found]
     kept = [item for item in found if item is not None]
     # A single reward function with weight 1 is the reward: one row is enough.
     if len(kept) == 2 and _same_numbers(kept[0], kept[1]):

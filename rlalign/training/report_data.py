@@ -34,7 +34,8 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One completion, its texts already cut to a showable length; or one episode of an agent, which has no texts."""
+    """One completion, its texts already cut to a showable length; or one episode of an agent, or one sample of a
+    generator, which have no texts."""
 
     key: str
     """Equal for the same problem in the same words."""
@@ -84,6 +85,16 @@ class RunData:
         """An agent's run: it plays episodes, and has no prompts and completions to show."""
         logged = any(name.startswith("episode/") for name in self.train) or "eval/return_mean" in self.eval
         return logged or isinstance(self.config.get("env"), dict)
+
+    @property
+    def generator(self) -> bool:
+        """A diffusion run: its samples are pictures and shapes, which `media/` shows, and no texts."""
+        return isinstance(self.config.get("pipeline"), dict)
+
+    @property
+    def unit(self) -> str:
+        """What an evaluation counts."""
+        return "start" if self.agent else "sample" if self.generator else "problem"
 
     @property
     def last_step(self) -> int:

@@ -155,7 +155,7 @@ def _with_band(series: Series, low: list[float], high: list[float]) -> Line:
 
 
 def _described(name: str, run: RunData) -> Metric:
-    return describe(name, agent=run.agent)
+    return describe(name, agent=run.agent, generator=run.generator)
 
 
 def _line(series: Series, *, label: str, spread: Series | None = None, marks: bool = False, color: int = 1) -> Line:

@@ -19,6 +19,12 @@ _MORE_SIGNAL = {
     True: "Starts of middling difficulty, more exploration or a larger `group_size` bring signal back.",
 }
 _IDENTICAL = {False: "identical rewards", True: "identical outcomes"}
+_OF_GENERATORS = {
+    "more_signal": "Prompts of middling difficulty, a graded reward, more noise or a larger `group_size` bring signal "
+    "back.",
+    "only_training": "so this is the reward of samples drawn with noise in their steps, as training draws them",
+    "suspicion": "the generator may be exploiting the reward. Look at the pictures, and at fidelity and diversity.",
+}
 _SUSPICION = {
     False: "the policy may be exploiting the reward. Read the worst held-out samples below.",
     True: "exploration may do better here than the most probable actions (`eval.deterministic`), or statistics differ.",
@@ -152,7 +158,7 @@ def _from_training(run: RunData) -> Verdict:
         f"Mean of the first and last {window} {unit}s, difference {format_number(change.estimate, signed=True)}, "
         f"95 % interval {format_number(change.low, signed=True)} to {format_number(change.high, signed=True)} "
         f"with {unit}s taken as independent."
-        f" Nothing was held out, {_ONLY_TRAINING[run.agent]}."
+        f" Nothing was held out, {_OF_GENERATORS['only_training'] if run.generator else _ONLY_TRAINING[run.agent]}."
     )
     if change.sign == 0:
         return Verdict(sentence=f"{title} did not change by more than the noise: {ends}.", tone="flat", detail=detail)
@@ -207,7 +213,7 @@ def _signal_note(run: RunData) -> Note | None:
         return None
     return Note(
         f"Lately {format_share(1 - recent)} % of the groups had {_IDENTICAL[run.agent]} and gave no gradient. "
-        f"{_MORE_SIGNAL[run.agent]}"
+        f"{_OF_GENERATORS['more_signal'] if run.generator else _MORE_SIGNAL[run.agent]}"
     )
 
 
@@ -222,7 +228,7 @@ def _hacking_note(run: RunData, comparisons: Sequence[Comparison]) -> Note | Non
     if rose and head.change.sign < 0:
         return Note(
             f"Training {describe(name).title.lower()} rose while {head.title[:1].lower() + head.title[1:]} fell: "
-            f"{_SUSPICION[run.agent]}"
+            f"{_OF_GENERATORS['suspicion'] if run.generator else _SUSPICION[run.agent]}"
         )
     return None
 

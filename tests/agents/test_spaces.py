@@ -133,6 +133,14 @@ def test_actions_by_hand():
     assert (switches.tolist(), switches.dtype) == ([[[1, 0], [0, 1]]], np.int8)
 
 
+def test_scaled_decisions_of_1_stand_for_the_bounds():
+    torque = ActionInterface(spaces.Box(np.float32([-2, 0]), np.float32([2, 10])), scale=True)
+    assert torque.to_env(torch.tensor([[-1.0, 0.5], [0.25, 3.0]])).tolist() == [[-2, 7.5], [0.5, 10]]
+    assert torque.from_env(np.float32([[-2, 7.5], [0.5, 10]])).tolist() == [[-1, 0.5], [0.25, 1]]
+    endless = ActionInterface(spaces.Box(-np.inf, np.inf, (1,)), scale=True)
+    assert endless.from_env(np.float32([[7]])).tolist() == [[7]], "without bounds there is nothing to scale by"
+
+
 def test_continuous_actions_are_clipped_for_the_environment_alone():
     decisions = torch.tensor([[-3.0, 0.25, 9.0, 0.0, 1.0, 3.0]])
     actions = ActionInterface(ACTIONS["box"]).to_env(decisions)

@@ -89,7 +89,7 @@ def test_only_the_adapter_is_trained_and_in_float32(kind):
     assert drawn(trained.pipeline, kind).isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["sd3", "sdxl", "points"])
+@pytest.mark.parametrize("kind", ["sd3", "sd15", "points"])
 @pytest.mark.parametrize("lora", [LORA, None])
 def test_the_reference_is_the_generator_as_it_came_to_the_last_bit(kind, lora):
     pipeline = made(kind)

@@ -57,7 +57,7 @@ def test_a_run_trains_and_its_model_is_evaluated_and_sampled(tmp_path: Path, set
     lines = run.sample(folder, None, count=3)
     assert [line.split(":")[0] for line in lines[:3]] == ["low", "high", "low"]
     assert "right " in lines[0]
-    assert lines[3].startswith("No pictures: ")  # points are neither images nor shapes
+    assert lines[3] == f"Pictures: {folder / 'media' / 'drawn-000000002.png'}"
 
 
 @BOTH
@@ -83,7 +83,7 @@ def pictures(samples: Any) -> list[Any]:
     import numpy as np
 
     corners = np.array([[0.0, 0, 0], [1, 0, 0], [0, 0, 1]])
-    return [(corners, np.array([[0, 1, 2]])) for _ in samples]
+    return [(corners, np.array([[0, 1, 2]]), np.full((1, 3), 0.5)) for _ in samples]
 
 
 def test_samples_are_drawn_into_the_runs_media(tmp_path: Path):

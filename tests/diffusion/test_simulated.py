@@ -115,7 +115,7 @@ def test_a_set_is_read_as_it_was_written(tmp_path: Path):
     assert again.sha256 == written.sha256
     assert torch.equal(again.latents, found.latents)
     assert torch.equal(again.prompts, found.prompts)
-    assert list(again.outcomes) == list(found.outcomes)
+    assert sorted(again.outcomes) == sorted(found.outcomes)
     np.testing.assert_array_equal(again.outcomes["right"], found.outcomes["right"])
 
 
