@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,7 @@ class PublicLoop:
 
     def __init__(self, trainer: FlowGRPOTrainer, *, literal: bool):
         self.trainer, self.size = trainer, BATCH["literal" if literal else "tuned"]
+        trainer.tuned.folded = nullcontext  # peft's layers as they are, in sampling too
         self.reference = copy.deepcopy(trainer.tuned.denoiser) if literal else None
         if self.reference is not None:
             self.reference.disable_adapters()
@@ -154,8 +156,10 @@ class PublicLoop:
 
     def frozen_mean(self, piece: Trajectory, rows: Tensor, steps: Tensor) -> Tensor:
         if self.reference is None:
-            with self.trainer.tuned.reference():
-                return self.trainer.sampler.replay(piece, rows, steps).mean
+            self.trainer.tuned.denoiser.disable_adapters()
+            mean = self.trainer.sampler.replay(piece, rows, steps).mean
+            self.trainer.tuned.denoiser.enable_adapters()
+            return mean
         x = piece.latents[rows, steps]
         prediction = piece.tape.predict(self.reference, x, rows, steps)
         return piece.transition(x, prediction, piece.level[steps], piece.level_next[steps])[0]

@@ -48,7 +48,9 @@ def main() -> None:
     before = plain(**call, generator=torch.Generator().manual_seed(0)).images
     plain.load_lora_weights(folder / "lora")
     after = plain(**call, generator=torch.Generator().manual_seed(0)).images
-    print(f"brightness in plain diffusers: {np.mean(brightness(before, [])):.3f} -> {np.mean(brightness(after, [])):.3f}")
+    print(
+        f"brightness in plain diffusers: {np.mean(brightness(before, [])):.3f} -> {np.mean(brightness(after, [])):.3f}"
+    )
 
 
 if __name__ == "__main__":

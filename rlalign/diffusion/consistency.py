@@ -32,9 +32,7 @@ def check_diffusion(cfg: DiffusionConfig, *, processes: int = 1) -> None:
     for name in RESERVED:
         if name in cfg.pipeline.call:
             advice = {"num_inference_steps": "set `rollout.num_inference_steps` and `eval.num_inference_steps`"}
-            raise ConfigError(
-                f"`pipeline.call.{name}` is the trainer's own; {advice.get(name, 'leave it out')}."
-            )
+            raise ConfigError(f"`pipeline.call.{name}` is the trainer's own; {advice.get(name, 'leave it out')}.")
     if cfg.lora is None and cfg.pipeline.dtype in ("bfloat16", "float16"):
         raise ConfigError(
             f"`lora: null` trains the weights themselves, which `pipeline.dtype: {cfg.pipeline.dtype}` cannot hold: "

@@ -15,7 +15,7 @@ from rlalign.diffusion.consistency import check_dso
 from rlalign.diffusion.dso_metrics import DSOMetrics
 from rlalign.diffusion.flow_error import Corruption, DenoisingError, draw_corruption
 from rlalign.diffusion.pair_objective import WITH_REFERENCE, PairErrors, pair_objective
-from rlalign.diffusion.pairs import Pairs, labels_of
+from rlalign.diffusion.pairs import Pairs, labels_of, told
 from rlalign.diffusion.parts import build_parts, config_of
 from rlalign.diffusion.simulated import SimulatedSet, read_set, settings_of, simulate, write_set
 from rlalign.diffusion.tuning import Tuning
@@ -294,17 +294,13 @@ class DSOTrainer:
         pairs = Pairs(labels, data.prompts, seed=derived_seed(self.config.seed, "round", self.round))
         self.conditions.record([group.number for group in pairs.groups])
         self.metrics.collected(data, labels, pairs, outcome, self.conditions.nbytes)
-        self._tell(labels, pairs)
+        self._tell(f"round {self.round}: {told(labels, pairs)}", pairs)
         return pairs
 
-    def _tell(self, labels: Tensor, pairs: Pairs) -> None:
-        wins, losses, out = (int((labels == value).sum()) for value in (1, -1, 0))
-        told = f"round {self.round}: {wins:,} samples win, {losses:,} lose, {out:,} are left out"
+    def _tell(self, words: str, pairs: Pairs) -> None:
         if len(pairs):
-            without = f"; {pairs.without:,} prompts have only one kind and are not used" if pairs.without else ""
-            self.session.journal.note(f"{told}{without}.")
-            return
-        told = f"{told}, and no prompt has both, so there are no pairs"
-        if self.round == 0:
-            raise ConfigError(f"{told}. Change `data.threshold` or `data.label`, or raise `data.samples`.")
-        self.ended = f"Stopped after update {self.step}: {told}."
+            self.session.journal.note(f"{words}.")
+        elif self.round == 0:
+            raise ConfigError(f"{words}. Change `data.threshold` or `data.label`, or raise `data.samples`.")
+        else:
+            self.ended = f"Stopped after update {self.step}: {words}."

@@ -129,7 +129,7 @@ class FlowGRPOTrainer:
     def collect(self) -> Rollout:
         """Sample a group for each prompt of the step, judge the samples, and gather the facts over processes."""
         cfg = self.config
-        with self.metrics.clock("sample"):
+        with self.metrics.clock("sample"), self.tuned.folded():
             self.drawn = draw(
                 self.sampler,
                 self.prompts,
@@ -191,7 +191,8 @@ class FlowGRPOTrainer:
         """
         cfg = self.config.objective
         reference = self.reference(piece, rows, steps)  # first: a copied one swaps weights that a graph would hold
-        new = self.sampler.replay(piece, rows, steps)
+        with self.tuned.folded():
+            new = self.sampler.replay(piece, rows, steps)
         log_ratio, device = step_log_ratio(cfg, new, piece, rows, steps), new.log_prob.device
         advantages, weights = (values[at, steps].to(log_ratio) for values in (batch.advantages, batch.weights))
         objective = weights * surrogate(cfg, log_ratio, advantages, piece.dimensions)

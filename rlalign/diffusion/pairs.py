@@ -8,9 +8,6 @@ from torch import Tensor
 
 from rlalign.training.seeding import generator
 
-Labels = Int[Tensor, " samples"]
-"""1 wins, -1 loses, 0 is left out."""
-
 
 def labels_of(
     outcome: Float[Tensor, " samples"], *, threshold: float | int, band: float | int = 0.0
@@ -98,3 +95,12 @@ class Pairs:
             known = (lap, torch.randperm(size, generator=generator(self.seed, "pairs", what, which, lap)))
             self._orders[what, which] = known
         return known[1]
+
+
+def told(labels: Int[Tensor, " samples"], pairs: Pairs) -> str:
+    """What there is to say of a labelled set."""
+    wins, losses, out = (int((labels == value).sum()) for value in (1, -1, 0))
+    counts = f"{wins:,} samples win, {losses:,} lose, {out:,} are left out"
+    if not len(pairs):
+        return f"{counts}, and no prompt has both, so there are no pairs"
+    return f"{counts}; {pairs.without:,} prompts have only one kind and are not used" if pairs.without else counts

@@ -12,11 +12,13 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from rlalign.config import ConfigError
 from rlalign.diffusion.config import DiffusionConfig, LoRASettings
+from rlalign.diffusion.folding import bypassed, folded, pays
 from rlalign.training.ema import EMA
 
 ADAPTER = "policy"
@@ -70,11 +72,18 @@ class TunedPipeline:
             with self.frozen.swap():
                 yield
             return
-        self.denoiser.disable_adapters()
-        try:
+        with bypassed(self._layers()):
             yield
-        finally:
-            self.denoiser.enable_adapters()
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Run a block, of at most one backward pass, with small adapters added to their weights: the same to rounding.
+
+        Checkpointed layers run again in the backward pass, after the block, and are left alone.
+        """
+        layers = [] if self.cfg.pipeline.gradient_checkpointing else self._layers()
+        with folded([layer for layer in layers if isinstance(layer, LoraLinear) and pays(layer, ADAPTER)], ADAPTER):
+            yield
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -141,7 +141,9 @@ def subtitle(config: Mapping[str, Any]) -> str:
     for key in keys[1:]:
         inner = config.get(key)
         if isinstance(inner, dict):
-            words += [as_text(inner[name]) for name in ("name", "path", "id", "source") if isinstance(inner.get(name), str)][:1]
+            words += [
+                as_text(inner[name]) for name in ("name", "path", "id", "source") if isinstance(inner.get(name), str)
+            ][:1]
     if isinstance(config.get("seed"), int):
         words.append(f"seed {config['seed']}")
     return " · ".join(one_line(word, limit=80) for word in words if word)

@@ -22,11 +22,15 @@ SMALL: dict[str, Any] = {
 """Settings of a run that takes well under a second."""
 
 
-def points_pipeline(*, seed: int = 0, spread: float = 0.05, width: int = 16, layers: int = 1) -> ConditionalFlowPipeline:
+def points_pipeline(
+    *, seed: int = 0, spread: float = 0.05, width: int = 16, layers: int = 1
+) -> ConditionalFlowPipeline:
     """A flow of one 2-D point per sample and two classes, with small random weights where it begins with zeros."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        denoiser = FlowTransformer(tokens=1, channels=2, classes=2, width=width, layers=layers, heads=2, positions=False)
+        denoiser = FlowTransformer(
+            tokens=1, channels=2, classes=2, width=width, layers=layers, heads=2, positions=False
+        )
         for parameter in denoiser.parameters():
             parameter.data.add_(spread * torch.randn_like(parameter))
     pipeline = ConditionalFlowPipeline(denoiser.eval(), FlowMatchEulerDiscreteScheduler())
@@ -53,7 +57,9 @@ def merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     return both
 
 
-def points_trainer(folder: Any, reward: Any = to_the_right, *, pipeline: Any = None, **settings: Any) -> FlowGRPOTrainer:
+def points_trainer(
+    folder: Any, reward: Any = to_the_right, *, pipeline: Any = None, **settings: Any
+) -> FlowGRPOTrainer:
     """A trainer of `points_pipeline`."""
     callback = settings.pop("callback", None)
     return FlowGRPOTrainer(

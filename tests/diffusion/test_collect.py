@@ -95,7 +95,10 @@ def test_only_a_windows_steps_are_decisions():
 
 def test_rows_are_found_in_their_piece():
     found = drawn(replace(CFG, batch_size=4))
-    located = [(len(piece.log_prob), rows.tolist(), here.tolist()) for piece, rows, here in found.locate(torch.tensor([5, 0, 3]))]
+    located = [
+        (len(piece.log_prob), rows.tolist(), here.tolist())
+        for piece, rows, here in found.locate(torch.tensor([5, 0, 3]))
+    ]
     assert located == [(4, [0, 3], [1, 2]), (2, [1], [0])]
     assert found.nbytes == sum(piece.nbytes for piece in found.trajectories) > 6 * (6 * 2 + 5 * 2) * 4
 

@@ -28,15 +28,39 @@ ROLLOUT = SamplingConfig()
 BAD = {
     "estimator": ({"advantage": GAE()}, "`advantage.type: gae` needs a critic"),
     "minibatches": ({"optim": TuneConfig(minibatches=3)}, "`rollout.prompts_per_step`=8 groups cannot be dealt into"),
-    "window": ({"rollout": replace(ROLLOUT, window=10)}, "`rollout.window`=10 does not fit into the trained steps from 0 to 9"),
-    "range": ({"rollout": replace(ROLLOUT, window=2, window_range=(4, 5))}, "`rollout.window`=2 does not fit.* from 4 to 5"),
+    "window": (
+        {"rollout": replace(ROLLOUT, window=10)},
+        "`rollout.window`=10 does not fit into the trained steps from 0 to 9",
+    ),
+    "range": (
+        {"rollout": replace(ROLLOUT, window=2, window_range=(4, 5))},
+        "`rollout.window`=2 does not fit.* from 4 to 5",
+    ),
     "range_alone": ({"rollout": replace(ROLLOUT, window_range=(0, 5))}, "`rollout.window_range` has no effect without"),
-    "fraction": ({"rollout": replace(ROLLOUT, trained_fraction=0.05)}, "`rollout.trained_fraction`=0.05 of 10 steps trains none"),
-    "bias": ({"objective": StepObjective(ratio_norm=False, authors_bias=True)}, "`objective.authors_bias` is a variant"),
-    "steps": ({"pipeline": PipelineConfig(call={"num_inference_steps": 4})}, r"`pipeline.call.num_inference_steps` is the trainer's own; set `rollout"),
-    "generator": ({"pipeline": PipelineConfig(call={"generator": 4})}, r"`pipeline.call.generator` is the trainer's own; leave it out"),
-    "half": ({"lora": None, "pipeline": PipelineConfig(dtype="bfloat16")}, "`lora: null` trains the weights themselves"),
-    "mixed": ({"accelerate": {"mixed_precision": "bf16"}}, "`accelerate.mixed_precision` has no effect here; set `pipeline.dtype`"),
+    "fraction": (
+        {"rollout": replace(ROLLOUT, trained_fraction=0.05)},
+        "`rollout.trained_fraction`=0.05 of 10 steps trains none",
+    ),
+    "bias": (
+        {"objective": StepObjective(ratio_norm=False, authors_bias=True)},
+        "`objective.authors_bias` is a variant",
+    ),
+    "steps": (
+        {"pipeline": PipelineConfig(call={"num_inference_steps": 4})},
+        r"`pipeline.call.num_inference_steps` is the trainer's own; set `rollout",
+    ),
+    "generator": (
+        {"pipeline": PipelineConfig(call={"generator": 4})},
+        r"`pipeline.call.generator` is the trainer's own; leave it out",
+    ),
+    "half": (
+        {"lora": None, "pipeline": PipelineConfig(dtype="bfloat16")},
+        "`lora: null` trains the weights themselves",
+    ),
+    "mixed": (
+        {"accelerate": {"mixed_precision": "bf16"}},
+        "`accelerate.mixed_precision` has no effect here; set `pipeline.dtype`",
+    ),
 }
 
 

@@ -71,7 +71,9 @@ def test_minibatches_hold_whole_groups_and_every_row_once(tmp_path):
     trainer = points_trainer(tmp_path / "run")
     batch = batch_of(trainer)
     parts = list(trainer.minibatches(batch))
-    assert [sorted(torch.bincount(p.group - batch.group.min(), minlength=4).tolist()) for p in parts] == [[0, 0, 4, 4]] * 2
+    assert [sorted(torch.bincount(p.group - batch.group.min(), minlength=4).tolist()) for p in parts] == [
+        [0, 0, 4, 4]
+    ] * 2
     assert sorted(torch.cat([p.inputs["place"].value for p in parts]).tolist()) == list(range(16))
 
 
@@ -79,7 +81,9 @@ def test_the_metrics_of_a_step_say_how_often_each_denoising_step_was_clipped(tmp
     trainer = points_trainer(tmp_path / "run")
     trainer.metrics.begin()
     log_ratio = torch.tensor([0.1, -0.1, 0.1, -0.1, 2e-8]).log1p()
-    trainer.metrics.scored(log_ratio, torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0]), torch.tensor([0, 0, 0, 1, 1]), (0.05, 0.05))
+    trainer.metrics.scored(
+        log_ratio, torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0]), torch.tensor([0, 0, 0, 1, 1]), (0.05, 0.05)
+    )
     sums = trainer.metrics.sums
     # Only what the clip holds back counts: up with a gain, down with a loss.
     assert [sums[f"0/{name}"] for name in ("count", "low", "high")] == [3, 1, 1]
@@ -115,10 +119,19 @@ S = math.sqrt(1 / 3)
     ("advantage", "expected"),
     [
         ({"type": "leave_one_out"}, [[1, -1 / 3, -1 / 3, -1 / 3], [2 / 3, 2 / 3, -2 / 3, -2 / 3], [1 / 3] * 3 + [-1]]),
-        ({"type": "group_relative", "eps": 0.0}, [[1.5, -0.5, -0.5, -0.5], [0.5 / S, 0.5 / S, -0.5 / S, -0.5 / S], [0.5] * 3 + [-1.5]]),
-        ({"type": "group_relative", "scale": False}, [[0.75, -0.25, -0.25, -0.25], [0.5, 0.5, -0.5, -0.5], [0.25] * 3 + [-0.75]]),
+        (
+            {"type": "group_relative", "eps": 0.0},
+            [[1.5, -0.5, -0.5, -0.5], [0.5 / S, 0.5 / S, -0.5 / S, -0.5 / S], [0.5] * 3 + [-1.5]],
+        ),
+        (
+            {"type": "group_relative", "scale": False},
+            [[0.75, -0.25, -0.25, -0.25], [0.5, 0.5, -0.5, -0.5], [0.25] * 3 + [-0.75]],
+        ),
         # Beta(2, 2) has density 6 p (1 - p): 9/8 at 1/4 and 3/4, 3/2 at 1/2.
-        ({"type": "beta_normalized", "alpha": 2.0, "beta": 2.0}, [[2 / 3, -2 / 9, -2 / 9, -2 / 9], [1 / 3, 1 / 3, -1 / 3, -1 / 3], [2 / 9] * 3 + [-2 / 3]]),
+        (
+            {"type": "beta_normalized", "alpha": 2.0, "beta": 2.0},
+            [[2 / 3, -2 / 9, -2 / 9, -2 / 9], [1 / 3, 1 / 3, -1 / 3, -1 / 3], [2 / 9] * 3 + [-2 / 3]],
+        ),
     ],
 )
 def test_advantages_of_binary_outcomes(tmp_path, advantage, expected):
@@ -127,7 +140,18 @@ def test_advantages_of_binary_outcomes(tmp_path, advantage, expected):
     torch.testing.assert_close(found, torch.tensor([*expected, [0.0] * 4]), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["beta_normalized", "batch_scaled", "per_prompt_running", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "max_likelihood", "length_weighted"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "beta_normalized",
+        "batch_scaled",
+        "per_prompt_running",
+        "reinforce_plus_plus",
+        "reinforce_plus_plus_baseline",
+        "max_likelihood",
+        "length_weighted",
+    ],
+)
 def test_every_shared_estimator_takes_denoising_runs(tmp_path, name):
     trainer = points_trainer(tmp_path / "run", PretendSimulator(), advantage=name)
     found, batch = with_outcomes(trainer, BINARY)
@@ -139,7 +163,9 @@ def test_every_shared_estimator_takes_denoising_runs(tmp_path, name):
 def test_unknown_outcomes_leave_every_baseline_and_the_rest_is_computed_anew(tmp_path):
     nan = math.nan
     trainer = points_trainer(tmp_path / "run", PretendSimulator(), advantage="leave_one_out")
-    found, batch = with_outcomes(trainer, [[1.0, 0.0, nan, nan], [nan, 1.0, 0.0, 0.0], [1.0, nan, nan, nan], [nan, 1.0, 1.0, 1.0]])
+    found, batch = with_outcomes(
+        trainer, [[1.0, 0.0, nan, nan], [nan, 1.0, 0.0, 0.0], [1.0, nan, nan, nan], [nan, 1.0, 1.0, 1.0]]
+    )
     expected = [[1, -1, 0, 0], [0, 1, -0.5, -0.5], [0] * 4, [0] * 4]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
     assert trainer.metrics.live == 2 and trainer.metrics.groups == 4
@@ -149,7 +175,9 @@ def test_unknown_outcomes_leave_every_baseline_and_the_rest_is_computed_anew(tmp
 
 
 def test_advantages_are_bounded(tmp_path):
-    trainer = points_trainer(tmp_path / "run", objective={"advantage_clip": 1.2}, advantage={"type": "group_relative", "eps": 0.0})
+    trainer = points_trainer(
+        tmp_path / "run", objective={"advantage_clip": 1.2}, advantage={"type": "group_relative", "eps": 0.0}
+    )
     found, _ = with_outcomes(trainer, BINARY)
     assert found[0].tolist() == pytest.approx([1.2, -0.5, -0.5, -0.5])
 
@@ -211,9 +239,19 @@ def test_a_limit_of_the_watch_ends_the_run_and_stays_after_a_resume(tmp_path):
 # ---------------------------------------------------------------- resume
 
 RUNS = {
-    "guard": {"average": {"every": 2}, "eval": {"every": 2}, "update_epochs": 2, "schedule": "linear", "warmup_steps": 2},
+    "guard": {
+        "average": {"every": 2},
+        "eval": {"every": 2},
+        "update_epochs": 2,
+        "schedule": "linear",
+        "warmup_steps": 2,
+    },
     "full_kl": {"lora": None, "objective": {"kl_coef": 0.1}, "learning_rate": 1e-4},
-    "running": {"advantage": "per_prompt_running", "rollout": {"window": 2, "same_noise": True, "batch_size": 5}, "guard": False},
+    "running": {
+        "advantage": "per_prompt_running",
+        "rollout": {"window": 2, "same_noise": True, "batch_size": 5},
+        "guard": False,
+    },
 }
 
 
@@ -249,7 +287,9 @@ def assert_same_run(one, other):
         assert path.read_bytes() == (other / "samples" / path.name).read_bytes()
 
 
-@pytest.mark.parametrize(("name", "at"), [("guard", 1), ("guard", 2), ("guard", 3), ("full_kl", 2), ("running", 1), ("running", 3)])
+@pytest.mark.parametrize(
+    ("name", "at"), [("guard", 1), ("guard", 2), ("guard", 3), ("full_kl", 2), ("running", 1), ("running", 3)]
+)
 def test_stopped_in_a_step_and_resumed_it_ends_with_the_same_bits(whole, tmp_path, name, at):
     steps = run_of(name, tmp_path / "run").steps()
     for _ in range(at):
@@ -314,7 +354,10 @@ def test_evaluations_are_kept_sample_by_sample(whole):
 
 def test_faults_are_one_sentence_with_the_fix(tmp_path):
     rows, call = tiny_prompts("sd15")
-    with pytest.raises(ConfigError, match=r"`sde.kind: flow_sde` needs a FlowMatchEulerDiscreteScheduler, got PNDMScheduler; use `sde.kind: ddim`"):
+    with pytest.raises(
+        ConfigError,
+        match=r"`sde.kind: flow_sde` needs a FlowMatchEulerDiscreteScheduler, got PNDMScheduler; use `sde.kind: ddim`",
+    ):
         FlowGRPOTrainer(tiny_pipeline("sd15"), rows, brightness, run_dir=tmp_path / "a", call=call)
     with pytest.raises(ConfigError, match=r"`prompts` must be a list with at least one entry, got \[\]"):
         FlowGRPOTrainer(points_pipeline(), [], to_the_right, run_dir=tmp_path / "b")
@@ -338,9 +381,14 @@ def test_half_precision_that_drowns_the_clip_is_refused_before_training(tmp_path
     rows = [{name: value.bfloat16() for name, value in row.items()} for row in rows]
     small = merged(SMALL, {"rollout": {"prompts_per_step": 2}, "clip_low": 1e-12, "clip_high": 1e-12})
     call = {**call, "output_type": "latent"}
-    trainer = FlowGRPOTrainer(pipeline, rows, lambda s, p: [float(x.float().mean()) for x in s], run_dir=tmp_path / "run", call=call, **small)
+    trainer = FlowGRPOTrainer(
+        pipeline, rows, lambda s, p: [float(x.float().mean()) for x in s], run_dir=tmp_path / "run", call=call, **small
+    )
     trainer.sampler.parity = lambda piece: 2e-6
-    with pytest.raises(ConfigError, match=r"replaying the first rollout changes log-probabilities by up to 2.0e-06 nats.*the clip is 1.0e-12, so every ratio would be rounding noise. Use `pipeline.dtype: float32`"):
+    with pytest.raises(
+        ConfigError,
+        match=r"replaying the first rollout changes log-probabilities by up to 2.0e-06 nats.*the clip is 1.0e-12, so every ratio would be rounding noise. Use `pipeline.dtype: float32`",
+    ):
         trainer.fit()
 
 

@@ -32,7 +32,10 @@ def test_labels_go_to_the_labels():
 
 
 def test_rows_are_split_between_the_call_and_the_reward(texts):
-    rows = [{"prompt": "two cats", "negative_prompt": "dogs", "count": 2}, {"prompt": "a cat", "negative_prompt": "", "count": 1}]
+    rows = [
+        {"prompt": "two cats", "negative_prompt": "dogs", "count": 2},
+        {"prompt": "a cat", "negative_prompt": "", "count": 1},
+    ]
     prompts = Prompts.of(rows, texts)
     assert prompts.call([0, 1]) == {"prompt": ["two cats", "a cat"], "negative_prompt": ["dogs", ""]}
     assert prompts.columns([1, 0]) == {"count": [1, 2]}
@@ -78,8 +81,16 @@ class Unconditional:
         ([], points_pipeline, r"`prompts` must be a list with at least one entry, got \[\]"),
         ("a cat", points_pipeline, "must be a list with at least one entry, got 'a cat'"),
         ([{"labels": 0, "a": 1}, {"labels": 1}], points_pipeline, "must all have the same columns; leave none out"),
-        (["a cat"], Unconditional, "Unconditional takes none of prompt, labels, class_labels; give `prompts` as mappings"),
-        ([{"text": "a cat"}], points_pipeline, "the columns text, none of which ConditionalFlowPipeline takes.*such as labels"),
+        (
+            ["a cat"],
+            Unconditional,
+            "Unconditional takes none of prompt, labels, class_labels; give `prompts` as mappings",
+        ),
+        (
+            [{"text": "a cat"}],
+            points_pipeline,
+            "the columns text, none of which ConditionalFlowPipeline takes.*such as labels",
+        ),
     ],
 )
 def test_what_cannot_be_drawn_from_is_refused(rows, pipeline, message):

@@ -115,7 +115,9 @@ class NoGold(PretendSimulator):
 
 
 def test_a_simulator_that_answers_wrongly_is_told_so():
-    with pytest.raises(RewardError, match=r"returned `stable` of shape \[2\] for 3 samples; return one number per sample"):
+    with pytest.raises(
+        RewardError, match=r"returned `stable` of shape \[2\] for 3 samples; return one number per sample"
+    ):
         Judge(Short())(POINTS, [0] * 3)
     with pytest.raises(RewardError, match="`gold`='truth' is none of margin, robust, stable"):
         Judge(NoGold())(POINTS, [0] * 3)
@@ -134,9 +136,15 @@ def raises(samples, prompts):
 
 BAD = {
     "raises": (raises, r"raised KeyError: 'colour'.*An error in the first batch stops the run"),
-    "returns_none": (lambda samples, prompts: None, r"returned None for the whole batch.*\(or None\) per sample, 3 here"),
+    "returns_none": (
+        lambda samples, prompts: None,
+        r"returned None for the whole batch.*\(or None\) per sample, 3 here",
+    ),
     "too_few": (lambda samples, prompts: [1.0], "returned 1 rewards for 3 samples; return a list with one number"),
-    "nan": (lambda samples, prompts: [1.0, float("nan"), 1.0], "returned nan; return None where the reward is undefined"),
+    "nan": (
+        lambda samples, prompts: [1.0, float("nan"), 1.0],
+        "returned nan; return None where the reward is undefined",
+    ),
     "text": (lambda samples, prompts: ["good"] * 3, "returned str 'good'; return a float, a bool or None"),
     "silent": (lambda samples, prompts: [None] * 3, "returned None for all 3 rows of the first batch.*it can judge"),
     "asks": (lambda samples, prompts, answer: [1.0] * 3, "missing 1 required positional argument: 'answer'"),
@@ -178,7 +186,9 @@ def test_later_failures_abstain_until_the_budget_of_the_reward_is_spent():
 
 
 def test_neither_a_function_nor_a_simulator():
-    with pytest.raises(ConfigError, match=r"`reward` must be a function of \(samples, prompts\) or a Simulator, got int"):
+    with pytest.raises(
+        ConfigError, match=r"`reward` must be a function of \(samples, prompts\) or a Simulator, got int"
+    ):
         Judge(3)
 
 

@@ -36,10 +36,7 @@ def both_ratios(mean_old, mean, x_next, s, **bias):
     std = torch.full((len(mean),), s, dtype=torch.float64)
     rows, steps = torch.arange(len(mean)), torch.zeros(len(mean), dtype=torch.long)
     new, old = score(mean, std, x_next), Recorded(mean_old, std, x_next)
-    return [
-        step_log_ratio.__wrapped__(cfg, new, old, rows, steps)
-        for cfg in (PLAIN, StepObjective(**bias))
-    ]
+    return [step_log_ratio.__wrapped__(cfg, new, old, rows, steps) for cfg in (PLAIN, StepObjective(**bias))]
 
 
 def doubles(*rows):
@@ -48,7 +45,11 @@ def doubles(*rows):
 
 def test_the_first_published_vector():
     # sigma_t = .5 and dt = .04, so s = .1; the drift is (.02² + .01² + .03² + .04²) / 4 = 7.5e-4
-    mean_old, mean, x = doubles([0.10, -0.20, 0.30, 0]), doubles([0.12, -0.21, 0.27, 0.04]), doubles([0.15, -0.30, 0.35, -0.05])
+    mean_old, mean, x = (
+        doubles([0.10, -0.20, 0.30, 0]),
+        doubles([0.12, -0.21, 0.27, 0.04]),
+        doubles([0.15, -0.30, 0.35, -0.05]),
+    )
     plain, guarded = both_ratios(mean_old, mean, x, 0.1)
     torch.testing.assert_close(plain, doubles(-0.075)[0:1], rtol=0, atol=1e-12)
     torch.testing.assert_close(guarded, doubles(-0.00375)[0:1], rtol=0, atol=1e-12)
@@ -74,7 +75,9 @@ def test_the_authors_average_stays_within_a_step():
     old = Recorded(mean_old, std, x)
     old.means, old.log_prob = old.means.expand(-1, 2, -1), old.log_prob.expand(-1, 2)
     steps = torch.tensor([0, 1])  # two samples at two steps: each average is over one sample
-    found = step_log_ratio.__wrapped__(StepObjective(authors_bias=True), score(mean, std, x), old, torch.arange(2), steps)
+    found = step_log_ratio.__wrapped__(
+        StepObjective(authors_bias=True), score(mean, std, x), old, torch.arange(2), steps
+    )
     assert found.tolist() == pytest.approx([0.025, -0.225], abs=1e-12)
 
 
@@ -227,7 +230,12 @@ def test_loss_and_gradient_of_ddpo_on_ddim_steps(tmp_path, name):
         brightness,
         run_dir=tmp_path / "run",
         lora={"r": 2, "alpha": 6.0},
-        rollout={"prompts_per_step": 1, "group_size": 3, "num_inference_steps": 4, "sde": {"kind": "ddim", "noise_level": 1.0}},
+        rollout={
+            "prompts_per_step": 1,
+            "group_size": 3,
+            "num_inference_steps": 4,
+            "sde": {"kind": "ddim", "noise_level": 1.0},
+        },
         minibatches=1,
         objective=SETTINGS[name] | {"clip_low": clip, "clip_high": clip},
         call={"height": 8, "width": 8, "guidance_scale": 1.0},

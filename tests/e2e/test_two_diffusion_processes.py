@@ -51,4 +51,6 @@ def test_metrics_and_evaluations_are_those_of_one_process(runs, name):
         one, two = ({key: value for key, value in r.items() if not key.startswith(own)} for r in (one, two))
         assert two == pytest.approx(one, rel=1e-3, abs=2e-5, nan_ok=True)
     for path in (runs[0] / name / "samples").iterdir():
-        assert len(path.read_text().splitlines()) == len((runs[1] / name / "samples" / path.name).read_text().splitlines())
+        assert len(path.read_text().splitlines()) == len(
+            (runs[1] / name / "samples" / path.name).read_text().splitlines()
+        )

@@ -22,7 +22,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 
 def one_group(samples: Any, prompts: Any) -> list[float]:
     """Only samples of the first label differ, so in some minibatches one process has no gradient of its own."""
-    return [value if prompt == 0 else 1.0 for value, prompt in zip(to_the_right(samples, prompts), prompts, strict=True)]
+    return [
+        value if prompt == 0 else 1.0 for value, prompt in zip(to_the_right(samples, prompts), prompts, strict=True)
+    ]
 
 
 def run(name: str, out: Path) -> None:

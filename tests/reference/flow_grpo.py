@@ -93,8 +93,6 @@ def loss(
             gain = min(ratio * advantage[i], ratio.clamp(1 - clip, 1 + clip) * advantage[i])
             total = total - deltas[t] / average * gain
             if settings["kl_coef"]:
-                other, _ = gaussian(
-                    kind, latents[i, t], predict_reference(i, t, latents[i, t]), levels, t, noise_level
-                )
+                other, _ = gaussian(kind, latents[i, t], predict_reference(i, t, latents[i, t]), levels, t, noise_level)
                 total = total + settings["kl_coef"] * (((mean - other) ** 2) / (2 * std**2)).mean()
     return total / (len(latents) * len(trained))

@@ -1,0 +1,46 @@
+"""What a reader of a run's report meets: titled metrics, pictures, words about samples and none about completions."""
+
+import re
+
+import pytest
+
+from rlalign.diffusion.flow_grpo import FlowGRPOTrainer
+from rlalign.diffusion.tiny import tiny_pipeline
+from rlalign.training.metric_names import describe, is_titled
+from rlalign.training.metrics import read
+from tests.diffusion.small_runs import SMALL, brightness, merged, tiny_prompts
+
+OF_OUTCOMES = re.compile(r"eval/\w+_(mean|stderr)|eval/n")
+"""Named after what the user's reward returns."""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "run"
+    rows, call = tiny_prompts("sd3")
+    more = {
+        "total_steps": 2,
+        "objective": {"kl_coef": 0.1},
+        "rollout": {"prompts_per_step": 2},
+        "eval": {"pictures": 4},
+    }
+    FlowGRPOTrainer(tiny_pipeline("sd3"), rows, brightness, run_dir=folder, call=call, **merged(SMALL, more)).fit()
+    return folder
+
+
+def test_every_metric_has_a_title(run):
+    names = {name for record in read(run / "metrics.jsonl") for name in record if "/" in name}
+    assert {"policy/kl", "denoising/clip_high_frac_03", "rollout/trajectory_mib", "policy/weight_distance"} <= names
+    assert [name for name in names if not is_titled(name) and not OF_OUTCOMES.fullmatch(name)] == []
+    assert describe("denoising/clip_low_frac_03").title == "Clipped from below, denoising step 4"
+    assert describe("policy/kl", generator=True).unit == "nats per dimension"
+
+
+def test_the_page_shows_pictures_and_speaks_of_samples(run):
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png") == 2
+    assert "8 samples" in page and "paired bootstrap over the same samples" in page
+    text = re.sub(r"<(script|style).*?</\1>|<[^>]+>", " ", page, flags=re.S).lower()
+    for word in ("problem", "completion", "token", "episode", "talk to it", "perplexity"):
+        assert word not in text, word
+    assert "draw samples with it" in text
