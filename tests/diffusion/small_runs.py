@@ -1,4 +1,4 @@
-"""Generators and runs small enough for unit tests: a flow of 2-D points, tiny diffusers pipelines, a pretend simulator."""
+"""Generators and runs small enough for unit tests: a flow of 2-D points, tiny pipelines, a pretend simulator."""
 
 from collections.abc import Mapping
 from typing import Any

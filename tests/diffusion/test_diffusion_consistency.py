@@ -8,6 +8,7 @@ import pytest
 
 from rlalign.advantages.config import GAE
 from rlalign.config import ConfigError
+from rlalign.config_keywords import config_from_keywords
 from rlalign.diffusion.config import (
     DSOConfig,
     FlowGRPOConfig,
@@ -21,7 +22,6 @@ from rlalign.diffusion.config import (
 )
 from rlalign.diffusion.consistency import check_dso, check_flow_grpo, trained_steps
 from rlalign.diffusion.parts import FORMS
-from rlalign.config_keywords import config_from_keywords
 
 DEFAULT = FlowGRPOConfig()
 ROLLOUT = SamplingConfig()

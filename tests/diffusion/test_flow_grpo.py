@@ -20,12 +20,12 @@ from rlalign.training.metrics import metrics_hash, read
 from rlalign.training.reward_call import RewardError
 from rlalign.training.signals import Interrupted
 from tests.diffusion.small_runs import (
+    SMALL,
     PretendSimulator,
     brightness,
     merged,
     points_pipeline,
     points_trainer,
-    SMALL,
     tiny_prompts,
     to_the_right,
 )
@@ -387,7 +387,8 @@ def test_half_precision_that_drowns_the_clip_is_refused_before_training(tmp_path
     trainer.sampler.parity = lambda piece: 2e-6
     with pytest.raises(
         ConfigError,
-        match=r"replaying the first rollout changes log-probabilities by up to 2.0e-06 nats.*the clip is 1.0e-12, so every ratio would be rounding noise. Use `pipeline.dtype: float32`",
+        match=r"replaying the first rollout changes log-probabilities by up to 2.0e-06 nats.*the clip is 1.0e-12, so "
+        "every ratio would be rounding noise. Use `pipeline.dtype: float32`",
     ):
         trainer.fit()
 

@@ -1,11 +1,10 @@
-"""What a denoising step wants minimised: the published vectors, Guard's weights, and the whole loss against slow loops."""
+"""What a denoising step wants minimised: published vectors, Guard's weights, the whole loss against slow loops."""
 
 import copy
 import math
 
 import pytest
 import torch
-from tests.diffusion.small_runs import brightness, points_pipeline, points_trainer, tiny_prompts
 
 from rlalign.diffusion.config import SDEConfig, StepObjective
 from rlalign.diffusion.flow_grpo import FlowGRPOTrainer
@@ -14,6 +13,7 @@ from rlalign.diffusion.step_objective import clips, kl_to, step_log_ratio, step_
 from rlalign.diffusion.tiny import tiny_pipeline
 from rlalign.diffusion.trajectory import StepScore
 from rlalign.functional.flow import gaussian_log_prob
+from tests.diffusion.small_runs import brightness, points_pipeline, points_trainer, tiny_prompts
 from tests.reference import flow_grpo as slow
 
 GUARD = StepObjective()
