@@ -39,7 +39,7 @@ $(TRAIN_STAMP): pyproject.toml constraints.txt
 # The task library reasoning-gym builds one small C extension, so it may fail to install: its tests are then skipped.
 $(TEST_STAMP): $(TRAIN_STAMP)
 	@echo "installing the development tools into $(VENV)"
-	@$(PIP) -e ".[llm,agents,sim,dev]"
+	@$(PIP) -e ".[llm,agents,diffusion,sim,dev]"
 	@$(PIP) -e ".[tasks]" >$(VENV)/tasks.log 2>&1 || echo "reasoning-gym was not installed (it needs a C compiler; $(VENV)/tasks.log), so its tests are skipped"
 	@touch $@
 

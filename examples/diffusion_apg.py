@@ -1,6 +1,6 @@
 """Adaptive projected guidance on an unmodified diffusers pipeline: strong guidance without burnt colours.
 
-    python examples/diffusion_apg.py
+python examples/diffusion_apg.py
 
 The pipeline has random weights, so that this runs offline in seconds; with a trained one the effect can be seen.
 """

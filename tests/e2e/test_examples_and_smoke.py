@@ -22,8 +22,10 @@ SMOKE = sorted((ROOT / "configs" / "smoke").glob("*.yaml"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 AGENT_SMOKE = [path for path in SMOKE if "\nenv:" in path.read_text() or "\ndataset:" in path.read_text()]
 AGENT_EXAMPLES = [path for path in EXAMPLES if path.stem.startswith("agent_")]
-MODEL_SMOKE = [path for path in SMOKE if path not in AGENT_SMOKE]
-MODEL_EXAMPLES = [path for path in EXAMPLES if path not in AGENT_EXAMPLES]
+DIFFUSION_SMOKE = [path for path in SMOKE if "\npipeline:" in path.read_text()]
+DIFFUSION_EXAMPLES = [path for path in EXAMPLES if path.stem.startswith("diffusion_")]
+MODEL_SMOKE = [path for path in SMOKE if path not in AGENT_SMOKE + DIFFUSION_SMOKE]
+MODEL_EXAMPLES = [path for path in EXAMPLES if path not in AGENT_EXAMPLES + DIFFUSION_EXAMPLES]
 NEEDS = {"llm_reasoning_gym": "reasoning_gym", "llm_trl_drop_in": "trl"}
 IN_A_PROCESS_OF_ITS_OWN = "llm_bnpo"
 """The README's first script: run as the README says. The others share their imports."""
@@ -94,6 +96,27 @@ def test_example_of_an_agent_runs(path: Path, folder):
     for run in runs:
         assert json.loads((run / "status.json").read_text())["status"] == "done"
         assert len([record for record in read(run / "metrics.jsonl") if record["kind"] == "train"]) == 1
+
+
+@pytest.mark.parametrize("path", DIFFUSION_SMOKE, ids=lambda path: path.stem)
+def test_smoke_preset_of_a_generator_trains_to_the_end(path: Path, folder):
+    environment = {"OMP_NUM_THREADS": "1", "RLALIGN_CACHE": str(folder / "cache")}
+    done = rlalign(folder, "train", str(path), "--run-dir", "run", environment=environment)
+    assert done.code == 0, done.err[-3000:]
+    assert done.out.splitlines()[-1] == "Report: run/report.html"
+    records, settings = read(folder / "run" / "metrics.jsonl"), config.dump(config.load(path))
+    train = [record for record in records if record["kind"] == "train"]
+    assert train[-1]["step"] == settings.get("total_steps", settings.get("total_updates"))
+    assert all(math.isfinite(record["optim/grad_norm"]) and record["optim/grad_norm"] > 0 for record in train)
+    assert [record["step"] for record in records if record["kind"] == "eval"][0] == 0
+    assert json.loads((folder / "run/status.json").read_text())["status"] == "done"
+    assert any((folder / "run" / "model").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("path", DIFFUSION_EXAMPLES, ids=lambda path: path.stem)
+def test_example_of_a_generator_runs(path: Path, folder):
+    done = rlalign(folder, str(path), "1", environment={"OMP_NUM_THREADS": "1"})
+    assert done.code == 0, done.err[-3000:]
 
 
 @needs_model

@@ -28,7 +28,7 @@ def gain(folder, reward, *, seed, **more):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("guard", [True, False])
 def test_points_move_to_the_right(tmp_path, guard, seed):
-    # Measured after 15 steps: + .26 to .35 with GRPO-Guard, + .46 to .49 without, of points that spread by .3.
+    # Measured after 15 steps: + .26 to .35 with GRPO-Guard, + .46 to .49 without.
     before, after = gain(tmp_path, to_the_right, seed=seed, guard=guard)
     assert after["eval/reward_mean"] > before["eval/reward_mean"] + 0.2
 
