@@ -123,8 +123,8 @@ class StepObjective:
     """GRPO-Guard's gradient reweighting: every step's gradient has the same scale. Weights are divided by their mean
     over the trained steps, so that learning rates keep their meaning."""
     authors_bias: bool = False
-    """Average the drift over all samples of a micro-batch that are at the same step, as the authors' code does by a slip
-    that they confirmed. The gradient then depends on `optim.micro_batch`."""
+    """Average the drift over the samples of a micro-batch that are at the same step, as the authors' code does
+    by a slip that they confirmed. The gradient then depends on `optim.micro_batch`."""
     advantage_clip: Positive | None = 5.0
     kl_coef: NonNegative = 0.0
     """Weight of the exact KL divergence to the reference at each step, in nats per dimension; `reweight` leaves it

@@ -16,7 +16,6 @@ from rlalign.diffusion.config import FlowGRPOConfig
 from rlalign.diffusion.consistency import check_flow_grpo
 from rlalign.diffusion.parity import require_parity
 from rlalign.diffusion.parts import build_parts, config_of
-from rlalign.diffusion.sampling import StochasticSampler
 from rlalign.diffusion.saturation import Saturation
 from rlalign.diffusion.step_metrics import StepMetrics
 from rlalign.diffusion.step_objective import clips, kl_to, step_log_ratio, step_weights, surrogate

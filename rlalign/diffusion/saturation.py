@@ -41,7 +41,7 @@ class Saturation:
         if self.stop_after and self.streak >= self.stop_after:
             self.ended = (
                 f"Stopped after step {step}: {share} (mean reward {metrics['reward/mean']:.3g}). Where it is solved, "
-                "that is the end; else use a graded reward (`reward.graded`), a larger `rollout.group_size`, more noise."
+                "that is the end; else use `reward.graded`, a larger `rollout.group_size` or more noise."
             )
         elif self.streak == WINDOW:
             return [f"step {step}: {share}: there is little left to learn."]
