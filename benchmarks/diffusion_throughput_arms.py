@@ -115,8 +115,8 @@ class PublicLoop:
     """The training loop of flow_grpo's script: samples in minibatches, one denoising step per backward pass.
 
     Args:
-        literal: With its settings: few samples per call, and a deep copy of the denoiser for the KL term. Otherwise many
-            samples per call, and the adapter switched off.
+        literal: With its settings: few samples per call, and a deep copy of the denoiser for the KL term. Otherwise
+            many samples per call, and the adapter switched off.
     """
 
     def __init__(self, trainer: FlowGRPOTrainer, *, literal: bool):

@@ -14,6 +14,7 @@ from rlalign.buffers import Input, Rollout
 from rlalign.config import ConfigError
 from rlalign.diffusion.config import SamplingConfig
 from rlalign.diffusion.consistency import window_bounds
+from rlalign.diffusion.guidance import AdaptiveProjection
 from rlalign.diffusion.prompts import Prompts
 from rlalign.diffusion.rewards import Judged
 from rlalign.diffusion.sampling import StochasticSampler
@@ -56,8 +57,11 @@ def sampler_of(pipeline: DiffusionPipeline, cfg: SamplingConfig) -> StochasticSa
         ConfigError: The pipeline's scheduler does not fit the noise.
     """
     storage = "cpu" if cfg.offload else None
+    guidance = None if cfg.guidance is None else AdaptiveProjection(**vars(cfg.guidance))
     try:
-        return StochasticSampler(pipeline, cfg.sde, trained_fraction=cfg.trained_fraction, storage=storage)
+        return StochasticSampler(
+            pipeline, cfg.sde, trained_fraction=cfg.trained_fraction, storage=storage, guidance=guidance
+        )
     except ValueError as error:
         raise ConfigError(f"`rollout.sde`: {error}") from error
 

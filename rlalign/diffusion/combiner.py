@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -30,6 +31,15 @@ class Combiner:
         for index, weight in zip(self.others, self.weights, strict=True):
             combined = combined + weight * (branches[index] - base)
         return combined if self.sign > 0 else -combined
+
+
+@runtime_checkable
+class Guide(Protocol):
+    """Makes predictions of a layout's outputs in another way than the pipeline."""
+
+    def __call__(
+        self, combiner: Combiner, branches: Sequence[Tensor], x: Tensor, rows: Tensor, steps: Tensor
+    ) -> Tensor: ...
 
 
 class NotCombined(ValueError):

@@ -84,6 +84,23 @@ class SDEConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuidanceConfig:
+    """Adaptive projected guidance (Sadat et al. 2025, arXiv:2410.02416) in place of the pipeline's classifier-free one.
+
+    The scale is the pipeline's own argument, in `pipeline.call`.
+    """
+
+    __pydantic_config__ = STRICT
+
+    eta: Finite = 0.0
+    """Share of the update parallel to the conditional prediction that is kept."""
+    norm_threshold: NonNegative = 15.0
+    """Largest norm of the difference per sample, in denoised latents; 0: no limit. 15 is the paper's for SDXL."""
+    momentum: Annotated[float, Field(gt=-1, lt=1)] = -0.5
+    """Of the running difference, which is then recorded with every step; 0: off."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """One rollout: prompts, samples of each, denoising steps."""
 
@@ -100,6 +117,8 @@ class SamplingConfig:
     """Where the window may lie: [first step, one past the last]; null: anywhere. It is drawn anew each rollout."""
     trained_fraction: Annotated[float, Field(gt=0, le=1)] = 0.99
     """Share of the steps with noise that are trained; .99 of 10 leaves out the last, whose noise is close to none."""
+    guidance: GuidanceConfig | None = None
+    """Guide rollouts by adaptive projection; evaluation and use of the pipeline keep its own guidance."""
     same_noise: bool = False
     """Start all samples of a group from the same noise (DanceGRPO)."""
     batch_size: Count = 64

@@ -6,7 +6,7 @@ from rlalign.advantages.config import GAE, GreedyBaseline
 from rlalign.config import ConfigError
 from rlalign.diffusion.config import DiffusionConfig, DSOConfig, FlowGRPOConfig, SamplingConfig
 
-RESERVED = ("num_inference_steps", "generator", "return_dict", "callback_on_step_end")
+RESERVED = ("num_inference_steps", "generator", "return_dict", "callback_on_step_end", "num_images_per_prompt")
 """Arguments of a pipeline's call that the trainer sets itself."""
 
 
@@ -31,7 +31,10 @@ def check_diffusion(cfg: DiffusionConfig, *, processes: int = 1) -> None:
     """
     for name in RESERVED:
         if name in cfg.pipeline.call:
-            advice = {"num_inference_steps": "set `rollout.num_inference_steps` and `eval.num_inference_steps`"}
+            advice = {
+                "num_inference_steps": "set `rollout.num_inference_steps` and `eval.num_inference_steps`",
+                "num_images_per_prompt": "set `rollout.group_size`",
+            }
             raise ConfigError(f"`pipeline.call.{name}` is the trainer's own; {advice.get(name, 'leave it out')}.")
     if cfg.lora is None and cfg.pipeline.dtype in ("bfloat16", "float16"):
         raise ConfigError(

@@ -220,8 +220,9 @@ class DSOTrainer:
         return self.evaluator.run()[0]
 
     def save_lora(self, path: str | Path) -> None:
-        """Write the adapter as plain diffusers loads it; without one, the whole pipeline."""
-        self.tuned.save(path)
+        """Write the adapter as plain diffusers loads it; without one, the whole pipeline. The first process writes."""
+        if self.accelerator.is_main_process:
+            self.tuned.save(path)
 
     save_model = save_lora
     """What a session calls at the end of a run."""

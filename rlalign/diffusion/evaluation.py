@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from rlalign.config import ConfigError
 from rlalign.diffusion.collect import joined
-from rlalign.diffusion.config import DiffusionConfig
+from rlalign.diffusion.config import DiffusionConfig, DSOConfig, FlowGRPOConfig, SampleEvalConfig
 from rlalign.diffusion.policy import TunedPipeline
 from rlalign.diffusion.prompts import Prompts
 from rlalign.diffusion.rewards import Judge, load_object
@@ -107,7 +108,7 @@ class SampleEvaluator:
         judged = self.judge(samples, texts, self.prompts.columns(indices))
         found: dict[str, Any] = {name: values.tolist() for name, values in judged.parts.items()}
         if self.watch is not None:
-            found |= {f"watch/{name}": _plain(value) for name, value in self._watched(samples, indices).items()}
+            found |= {f"watch/{name}": _plain(value) for name, value in self._watched(samples, texts).items()}
         outcomes = _merged(gather_json(found, self.accelerator))
         return self._metrics(outcomes), samples, indices, outcomes
 
@@ -125,7 +126,7 @@ class SampleEvaluator:
         journal.samples(f"eval-{step:06d}", self._rows(step, outcomes))
         journal.evaluation(step, metrics)
         self.evaluated_at = step
-        self.limit = _passed(metrics, self.cfg.eval.stop_below, self.cfg.eval.stop_above)
+        self.limit = _passed(metrics | {"gold": metrics["eval/reward_mean"]}, self.cfg.eval)
         if self.accelerator.is_main_process and self.cfg.eval.pictures:
             self._draw(step, samples, indices, outcomes)
         if metrics["eval/reward_mean"] > self.best and self.limit is None:
@@ -146,10 +147,9 @@ class SampleEvaluator:
             for k in range(self.cfg.eval.samples)
         ]
 
-    def _watched(self, samples: Any, indices: Sequence[int]) -> Mapping[str, Any]:
+    def _watched(self, samples: Any, texts: Sequence[Any]) -> Mapping[str, Any]:
         assert self.watch is not None
-        prompts = [self.prompts.rows[k].get(self.prompts.place, k) for k in indices]
-        return self.watch(samples, prompts, **self.cfg.eval.watch_args)
+        return self.watch(samples, texts, **self.cfg.eval.watch_args)
 
     def _metrics(self, outcomes: Mapping[str, Any]) -> dict[str, float]:
         metrics: dict[str, float] = {}
@@ -184,8 +184,6 @@ class SampleEvaluator:
 
 
 def _batch_size(cfg: DiffusionConfig) -> int:
-    from rlalign.diffusion.config import DSOConfig, FlowGRPOConfig
-
     match cfg:
         case FlowGRPOConfig():
             return cfg.rollout.batch_size
@@ -212,10 +210,13 @@ def _merged(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float]
     return merged
 
 
-def _passed(metrics: Mapping[str, float], below: Mapping[str, float], above: Mapping[str, float]) -> Limit | None:
-    for bounds, sign in ((below, -1), (above, 1)):
+def _passed(metrics: Mapping[str, float], cfg: SampleEvalConfig) -> Limit | None:
+    for setting, bounds, sign in (("stop_below", cfg.stop_below, -1), ("stop_above", cfg.stop_above, 1)):
         for name, bound in bounds.items():
             key = next((key for key in (name, f"eval/{name}", f"eval/{name}_mean") if key in metrics), None)
-            if key is not None and sign * (metrics[key] - bound) > 0:
+            if key is None:
+                known = [key.removeprefix("eval/").removesuffix("_mean") for key in metrics if key.endswith("_mean")]
+                raise ConfigError(f"`eval.{setting}` names {name!r}, which is none of {', '.join(sorted(known))}.")
+            if sign * (metrics[key] - bound) > 0:
                 return Limit(name, metrics[key], bound)
     return None

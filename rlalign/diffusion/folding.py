@@ -1,7 +1,8 @@
 """Low-rank adapters as sums of weights: one product per call of the denoiser in place of two for every row."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -22,7 +23,8 @@ def pays(layer: nn.Module, adapter: str) -> bool:
         return False
     if {p.dtype for p in layer.parameters()} != {torch.float32}:
         return False
-    return layer.in_features * layer.out_features < 3 * layer.r[adapter] * (layer.in_features + layer.out_features)
+    into, out = layer.base_layer.in_features, layer.base_layer.out_features
+    return into * out < 3 * layer.r[adapter] * (into + out)
 
 
 @contextmanager
@@ -44,7 +46,9 @@ def bypassed(layers: Sequence[LoraLayer]) -> Iterator[None]:
 
 
 def _product(layer: LoraLinear, adapter: str) -> Callable[[Tensor], Tensor]:
-    base, down, up = layer.get_base_layer(), layer.lora_A[adapter], layer.lora_B[adapter]
+    base: Any = layer.get_base_layer()
+    down: Any = layer.lora_A[adapter]
+    up: Any = layer.lora_B[adapter]
     sums: list[Tensor] = []
 
     def forward(x: Tensor) -> Tensor:
@@ -56,7 +60,7 @@ def _product(layer: LoraLinear, adapter: str) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def _forwarding(instead: dict[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
+def _forwarding(instead: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
     """Give modules another `forward`, as members of these objects alone: a module would be registered as a part."""
     before = {module: vars(module).get("forward") for module in instead}
     for module, forward in instead.items():

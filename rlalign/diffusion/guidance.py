@@ -10,8 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rlalign.diffusion.branches import two_branches, weighed
 from rlalign.diffusion.combiner import NotCombined, infer_combiner
 from rlalign.diffusion.intercepted import Intercepted, intercepting
+from rlalign.diffusion.networks import denoisers
 from rlalign.diffusion.prediction_space import (
     PredictionSpace,
     evaluations_per_step,
@@ -20,8 +22,6 @@ from rlalign.diffusion.prediction_space import (
 )
 from rlalign.functional.guidance import adaptive_projected
 
-_DENOISERS = ("transformer", "transformer_2", "unet")
-_NOT_DENOISERS = ("vae", "text_encoder", "image_encoder", "safety_checker", "vocoder", "controlnet")
 _MOST_CALLS = 4
 """Calls of the denoiser between two steps above which nobody can be stepping the scheduler that is listened to."""
 
@@ -101,17 +101,8 @@ class AdaptiveProjection:
             The guided prediction in float32 or wider, the running difference (with momentum a part of the sampler's
             state: keep it beside the latents where transitions are to be replayed), and the step's figures.
         """
-        wide = _wide(x)
-        denoised, other = (space.denoised(_wide(one), wide) for one in (cond, uncond))
-        guided, after = adaptive_projected(
-            denoised,
-            other,
-            scale=scale,
-            eta=self.eta,
-            norm_threshold=self.norm_threshold,
-            momentum=self.momentum,
-            running=running,
-        )
+        guided, after = self.guided(cond, uncond, x, space, scale=scale, running=running)
+        denoised, other = (space.denoised(_wide(one), _wide(x)) for one in (cond, uncond))
         figures = GuidanceStep(
             scale=scale,
             difference_norm=float(_norms(denoised - other).mean()),
@@ -119,7 +110,30 @@ class AdaptiveProjection:
             limited_frac=float((_norms(after) > self.norm_threshold).double().mean()) if self.norm_threshold else 0.0,
             parallel_frac=float(_parallel_fractions(after, denoised).mean()),
         )
-        return space.prediction(guided, wide), after, figures
+        return guided, after, figures
+
+    def guided(
+        self,
+        cond: Float[Tensor, "batch *dims"],
+        uncond: Float[Tensor, "batch *dims"],
+        x: Float[Tensor, "batch *dims"],
+        space: PredictionSpace,
+        *,
+        scale: float,
+        running: Float[Tensor, "batch *dims"] | None = None,
+    ) -> tuple[Float[Tensor, "batch *dims"], Float[Tensor, "batch *dims"]]:
+        """The same without the figures, and with gradient."""
+        wide = _wide(x)
+        guided, after = adaptive_projected(
+            space.denoised(_wide(cond), wide),
+            space.denoised(_wide(uncond), wide),
+            scale=scale,
+            eta=self.eta,
+            norm_threshold=self.norm_threshold,
+            momentum=self.momentum,
+            running=running,
+        )
+        return space.prediction(guided, wide), after
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,25 +170,6 @@ class GuidanceLog:
         """Forget the image."""
         self.steps.clear()
         self.running = None
-
-
-def denoisers(pipeline: Any) -> list[nn.Module]:
-    """Find the networks that a pipeline asks for its predictions.
-
-    Raises:
-        ValueError: Nothing, or more than one unknown network, could be it.
-    """
-    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    named = [networks[name] for name in _DENOISERS if name in networks]
-    if named:
-        return named
-    others = {name: part for name, part in networks.items() if not name.startswith(_NOT_DENOISERS)}
-    if len(others) != 1:
-        raise ValueError(
-            f"the denoiser of {type(pipeline).__name__} is not to be told among its components {sorted(others)}; name "
-            f"it {' or '.join(_DENOISERS)}."
-        )
-    return list(others.values())
 
 
 @dataclass(eq=False)
@@ -228,24 +223,11 @@ class _Session:
 
 
 def _pair(branches: list[Tensor], prediction: Tensor) -> tuple[Tensor, Tensor, float] | None:
-    """Conditional and unconditional prediction, and the scale at which the pipeline combined them.
+    """Both predictions and the scale, which is read off the pipeline's own: no pipeline needs to be asked for it.
 
-    None where both are equal. The scale is read off the prediction, so no pipeline needs to be asked for it; as it is
-    above 1 it also tells which of the two is which.
+    None where both are equal.
     """
-    if not branches:
-        raise ValueError("the scheduler takes a step without a new prediction; switch caches of the denoiser off.")
-    if len(branches) == 1:
-        raise ValueError(
-            "the pipeline asks its denoiser once per sample: no classifier-free guidance runs that could be projected. "
-            "Pass guidance_scale > 1. A distilled model takes its guidance_scale as an input instead: Flux guides with "
-            "true_cfg_scale > 1 and a negative prompt."
-        )
-    if len(branches) > 2:
-        raise ValueError(
-            f"the pipeline combines {len(branches)} predictions per sample, as skip-layer or perturbed-attention "
-            "guidance do; adaptive projected guidance knows two. Switch the other guidance off."
-        )
+    two_branches(branches)
     try:
         combiner = infer_combiner(branches, prediction, candidates=())
     except NotCombined as error:
@@ -253,15 +235,7 @@ def _pair(branches: list[Tensor], prediction: Tensor) -> tuple[Tensor, Tensor, f
             "the pipeline's prediction is not u + w (c - u) of its denoiser's two outputs: it changes it afterwards, "
             "by `guidance_rescale` (set it to 0) or a renormalisation (Qwen-Image), or guides in another space."
         ) from error
-    if combiner is None:
-        return None
-    scale = combiner.weights[0]
-    first, second = combiner.sign * branches[combiner.base], combiner.sign * branches[combiner.others[0]]
-    if 0 <= scale <= 1:
-        raise ValueError(
-            f"the guidance scale is {max(scale, 1 - scale):.3g}; adaptive projected guidance needs one > 1."
-        )
-    return (second, first, scale) if scale > 1 else (first, second, 1 - scale)
+    return None if combiner is None else weighed(combiner, branches)
 
 
 def _check(scheduler: Any, momentum: float | int) -> None:

@@ -64,6 +64,7 @@ def build_parts(
         pipeline.to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
     rows = Prompts.of(prompts if prompts is not None else read_prompts(cfg.prompts), pipeline)
+    rows.require_arguments(cfg.pipeline.call, pipeline)
     tuned = TunedPipeline(pipeline, cfg)
     session.join(
         main=accelerator.is_main_process,
@@ -117,7 +118,7 @@ def load_pipeline(source: str | None, cfg: PipelineConfig, *, full: bool = False
     dtype = torch.float32 if full and cfg.dtype == "auto" else _dtype(cfg.dtype, device)
     try:
         loaded = DiffusionPipeline.from_pretrained(
-            source, revision=cfg.revision, torch_dtype=dtype, use_safetensors=True
+            source, revision=cfg.revision, dtype=dtype, use_safetensors=True
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"`pipeline.source`={source}: {error}") from error

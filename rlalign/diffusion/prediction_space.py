@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from rlalign.functional.prediction import Prediction, from_denoised, to_denoised
+from rlalign.functional.prediction import Level, Prediction, from_denoised, to_denoised
 
 # Names rather than classes: subclasses are found by their bases, and nothing of diffusers is imported.
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
@@ -28,8 +28,9 @@ class PredictionSpace:
     """One step's conversion between what the denoiser predicts and the denoised sample."""
 
     kind: Prediction
-    sigma: float | None = None
-    alpha_bar: float | None = None
+    sigma: Level | None = None
+    """Noise level, of all samples or of each."""
+    alpha_bar: Level | None = None
     data_std: float = 1.0
     """EDM's sigma_data: such a model predicts v for latents divided by it."""
     sign: int = 1

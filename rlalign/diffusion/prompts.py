@@ -1,5 +1,6 @@
 """What is generated from: prompts, class labels or rows of columns, as arguments of a pipeline's call."""
 
+import difflib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -62,6 +63,22 @@ class Prompts:
             for row in rows
         )
         return cls(rows, place, frozenset(parameters))
+
+    def require_arguments(self, call: Mapping[str, Any], pipeline: Any) -> None:
+        """Refuse settings that are no parameters of the pipeline's call.
+
+        Raises:
+            ConfigError: With the parameters that have a similar name.
+        """
+        takes = inspect.signature(type(pipeline).__call__).parameters
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
+            return
+        for name in call:
+            if name not in takes:
+                near = difflib.get_close_matches(name, takes) or [known for known in takes if known != "self"]
+                raise ConfigError(
+                    f"`pipeline.call.{name}` is no parameter of {type(pipeline).__name__}; there is {', '.join(near)}."
+                )
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -27,7 +27,7 @@ from rlalign.diffusion.tape import (
 # Arguments that may be as long as the batch by chance and still belong to no sample.
 _TABLES = frozenset({"img_ids", "txt_ids", "image_rotary_emb", "rotary_emb", "freqs_cis", "skip_layers"})
 
-_EQUAL_BRANCHES = (
+EQUAL_BRANCHES = (
     "the guided and the unguided output of the denoiser are equal at every step, so the guidance weight cannot be read "
     "off. Guidance does nothing here: train without it (guidance_scale=1)."
 )
@@ -67,8 +67,11 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
 
-    def close_step(self, step: Step) -> None:
+    def close_step(self, step: Step) -> tuple[list[Tensor], Combiner | None, str]:
         """Take the calls since the last step as those that made this step's prediction.
+
+        Returns:
+            The denoiser's outputs, how the prediction is combined of them, and why that is not known.
 
         Raises:
             ValueError: There was no call, or its rows do not fit the number of samples.
@@ -86,6 +89,7 @@ class Recorder:
         for index, (arguments, answer) in enumerate(zip(asked, answers, strict=True)):
             calls.append(_call(arguments, self._parts(answer), step.x, earlier[index] if earlier else None))
         self._steps.append(_Recorded(calls, *self._combined(branches, step)))
+        return branches, *self._settled(self._steps[-1])
 
     def tape(self) -> Tape:
         """Group the steps that fit into one call of the denoiser."""
@@ -128,7 +132,7 @@ class Recorder:
             return step.combiner, step.problem
         parts = [call.parts for call in step.calls]
         alike = [other for other in self._steps if other.combiner and [call.parts for call in other.calls] == parts]
-        return (alike[0].combiner, "") if alike else (None, _EQUAL_BRANCHES)
+        return (alike[0].combiner, "") if alike else (None, EQUAL_BRANCHES)
 
     def _layout(self, positions: list[int], combiner: Combiner | None, problem: str) -> Layout:
         first, *others = (self._steps[position].calls for position in positions)

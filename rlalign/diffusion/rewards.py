@@ -75,6 +75,8 @@ class Judge:
     def __init__(self, reward: Any, cfg: SampleRewardConfig | None = None, *, errors_dir: Path | None = None):
         if isinstance(reward, SampleRewardConfig):
             reward, cfg = _loaded(reward), reward
+        if isinstance(reward, type):  # its class would pass for a simulator
+            raise ConfigError(f"`reward` is the class {reward.__name__}; pass one of its objects: {reward.__name__}().")
         self.cfg = cfg or SampleRewardConfig(function="given from Python")
         self.simulator: Simulator | None = reward if isinstance(reward, Simulator) else None
         self.guard: RewardGuard | None = None

@@ -12,6 +12,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from rlalign.diffusion.config import SDEConfig
+from rlalign.diffusion.guidance import AdaptiveProjection
+from rlalign.diffusion.guided_steps import GuidedSteps, Replayed
+from rlalign.diffusion.networks import denoiser_named, evaluating
 from rlalign.diffusion.pipeline_call import PipelineCall, per_sample, recorded_prompts, replaced_scheduler
 from rlalign.diffusion.recorder import Recorder
 from rlalign.diffusion.sde import Step, StochasticStep, stochastic_scheduler
@@ -39,6 +42,8 @@ class StochasticSampler:
         storage: Where trajectories keep latents and means, such as "cpu". None: where the pipeline works.
         by_pipeline: Replay by running the pipeline's `__call__` for each step alone, in place of the recorded denoiser
             calls: slower, and right for guidance that is no affine combination of the denoiser's outputs.
+        guidance: Guide by adaptive projection in place of the pipeline's classifier-free guidance, at its scale. With
+            momentum the trajectory holds the running difference that each step met.
 
     Raises:
         ValueError: The scheduler does not fit the noise, there is no telling which component is the denoiser, or a
@@ -68,20 +73,24 @@ class StochasticSampler:
         arguments: Mapping[str, Any] | None = None,
         storage: str | torch.device | None = None,
         by_pipeline: bool = False,
+        guidance: AdaptiveProjection | None = None,
     ):
         if not 0 < trained_fraction <= 1:
             raise ValueError(f"`trained_fraction` is a share of the steps in (0, 1], got {trained_fraction}.")
         _check_window(window)
+        if guidance is not None and by_pipeline:
+            raise ValueError("`guidance` projects recorded predictions, which `by_pipeline=True` does without.")
         stochastic_scheduler(pipeline.scheduler, sde)  # fail early
         self.pipeline, self.sde, self.arguments = pipeline, sde, dict(arguments or {})
         self.window, self.trained_fraction = window, trained_fraction
         self.storage, self.by_pipeline, self._name = storage, by_pipeline, denoiser
-        _denoiser(pipeline, denoiser)
+        self.guidance = guidance
+        denoiser_named(pipeline, denoiser)
 
     @property
     def denoiser(self) -> nn.Module:
         """The pipeline's network that predicts, as it stands there now."""
-        return _denoiser(self.pipeline, self._name)
+        return denoiser_named(self.pipeline, self._name)
 
     def sample(
         self,
@@ -109,15 +118,19 @@ class StochasticSampler:
         scheduler, taken = self._scheduler(window or self.window), Taken(self.storage)
         recorder = Recorder(self.denoiser, len(seeds), _numbers(self.pipeline, call))
 
-        def listen(step: Step) -> None:
+        guided = None if self.guidance is None else GuidedSteps(self.guidance, recorder)
+
+        def guide(step: Step) -> Tensor:
             _check_count(step.x, seeds)
+            if guided is not None:
+                return guided(step)
             if not self.by_pipeline:
                 recorder.close_step(step)
-            taken.add(step)
+            return step.prediction
 
         own = [derived_seed(seed, "denoise") for seed in seeds]
         scheduler.noise = lambda position, like: _step_noise(own, position, like)
-        scheduler.listener = listen
+        scheduler.guide, scheduler.listener = guide, taken.add
         noise = [torch.Generator().manual_seed(seed) for seed in initial]
         listening = nullcontext() if self.by_pipeline else recorder
         with self._running(scheduler), listening, recorded_prompts(self.pipeline) as encoded, torch.no_grad():
@@ -127,7 +140,8 @@ class StochasticSampler:
         kept = () if tape is not None and all(layout.combiner for layout in tape.layouts) else tuple(encoded)
         asked = PipelineCall(per_sample(call, len(seeds)), len(seeds), kept)
         trained = _trained_steps(taken.count, self.trained_fraction, scheduler.window)
-        return taken.trajectory(trained, tape=tape, call=asked, output=output)
+        running = None if guided is None else guided.met()
+        return taken.trajectory(trained, tape=tape, call=asked, output=output, guidance=self.guidance, running=running)
 
     def replay(self, trajectory: Trajectory, rows: Int[Tensor, " n"], steps: Int[Tensor, " n"]) -> StepScore:
         """Score decisions under the denoiser as it is now, steps mixed freely, in one call of it and with gradient.
@@ -149,7 +163,8 @@ class StochasticSampler:
             return self._step_by_step(trajectory, rows, steps)
         x, x_next = self._moves(trajectory, rows, steps)
         with evaluating(self.denoiser):
-            prediction = trajectory.tape.predict(self.denoiser, x, rows, steps)
+            guide = None if trajectory.guidance is None else Replayed(trajectory, trajectory.guidance)
+            prediction = trajectory.tape.predict(self.denoiser, x, rows, steps, guide)
         return _score(trajectory, x, x_next, prediction, steps)
 
     def replay_by_pipeline(self, trajectory: Trajectory, rows: Int[Tensor, " n"], step: int) -> StepScore:
@@ -160,8 +175,10 @@ class StochasticSampler:
         sampler was made with `by_pipeline`, or could not recognise the guidance.
 
         Raises:
-            ValueError: The step drew nothing, so it has no density.
+            ValueError: The step drew nothing, so it has no density; or it was guided by `guidance`.
         """
+        if trajectory.guidance is not None:
+            raise ValueError("steps that were guided by `guidance` are replayed by `replay` alone.")
         steps = torch.full_like(rows, step)
         x, x_next = self._moves(trajectory, rows, steps)
         scheduler = self._scheduler(None)
@@ -227,19 +244,6 @@ class StochasticSampler:
         return x.to(trajectory.device), x_next.to(trajectory.device)
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Switch dropout off inside the context: a step must be replayed by the function that took it."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
-
-
 def _check_call(call: Mapping[str, Any], seeds: Sequence[int], initial: Sequence[int]) -> None:
     if "generator" in call:
         raise ValueError("leave `generator` out of the call: `seeds` gives each sample a generator of its own.")
@@ -278,18 +282,6 @@ def _numbers(pipeline: DiffusionPipeline, call: Mapping[str, Any]) -> list[float
     defaults = inspect.signature(type(pipeline).__call__).parameters.values()  # type: ignore[operator]
     arguments = {parameter.name: parameter.default for parameter in defaults} | dict(call)
     return [float(v) for v in arguments.values() if isinstance(v, int | float) and not isinstance(v, bool)]
-
-
-def _denoiser(pipeline: DiffusionPipeline, name: str | None) -> nn.Module:
-    networks = {key: part for key, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    named = [name] if name is not None else [key for key in ("transformer", "unet") if key in networks]
-    named = named or (list(networks) if len(networks) == 1 else [])
-    if not named or named[0] not in networks:
-        raise ValueError(
-            f"there is no telling which component of {type(pipeline).__name__} predicts the noise; "
-            f"give `denoiser=` one of {sorted(networks)}."
-        )
-    return networks[named[0]]
 
 
 def _score(trajectory: Trajectory, x: Tensor, x_next: Tensor, prediction: Tensor, steps: Tensor) -> StepScore:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlalign.diffusion.config import SDEConfig
+from rlalign.diffusion.prediction_space import PredictionSpace
 from rlalign.functional.flow import ddim_step, gaussian_log_prob, sde_step
 from rlalign.functional.prediction import from_denoised, to_denoised
 
@@ -61,6 +62,14 @@ class Transition:
             denoised = to_denoised(prediction, x, kind=self.prediction_type, alpha_bar=level)
             prediction = from_denoised(denoised, x, kind="epsilon", alpha_bar=level)
         return ddim_step(x, prediction, level, level_next, eta=noise)
+
+    def space(self, level: Float[Tensor, " batch"]) -> PredictionSpace:
+        """What predictions at these levels mean."""
+        if self.prediction_type == "sample":
+            return PredictionSpace(kind="sample")
+        if self.sde.kind == "ddim":
+            return PredictionSpace(kind=self.prediction_type, alpha_bar=level)
+        return PredictionSpace(kind=self.prediction_type, sigma=level)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -125,6 +134,8 @@ class StochasticStep(SchedulerMixin):
     noise: Callable[[int, Tensor], Tensor] | None = None
     """Standard normal noise for a step of the run, shaped like the latents."""
     listener: Callable[[Step], None] | None = None
+    guide: Callable[[Step], Tensor] | None = None
+    """Asked before each step, its `x_next` still `x`, for the prediction to take in place of the pipeline's."""
     only: int = 0
     taken: int = 0
 
@@ -151,6 +162,10 @@ class StochasticStep(SchedulerMixin):
         """Take one step of the run, tell the listener, and return the next latents."""
         level, level_next, last = self.levels(timestep)
         transition = self.transition()
+        facts: dict[str, Any] = {"position": self.taken, "level": level, "level_next": level_next}
+        facts["transition"] = transition
+        if self.guide is not None:
+            prediction = self.guide(Step(x=x, prediction=prediction, x_next=x, **facts))
         mean = std = log_prob = None
         if self.mode == "score":
             x_next = x
@@ -164,8 +179,7 @@ class StochasticStep(SchedulerMixin):
             x_next = drawn.to(self.stored_dtype(prediction, x))
             log_prob = gaussian_log_prob(x_next, mean, std)
         if self.listener is not None:
-            facts = {"mean": mean, "std": std, "log_prob": log_prob, "transition": transition}
-            facts |= {"position": self.taken, "level": level, "level_next": level_next}
+            facts |= {"mean": mean, "std": std, "log_prob": log_prob}
             self.listener(Step(x=x, prediction=prediction, x_next=x_next, **facts))
         self.taken += 1
         return x_next

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rlalign.diffusion.combiner import Combiner, NotCombined
+from rlalign.diffusion.combiner import Combiner, Guide, NotCombined
 
 
 @runtime_checkable
@@ -218,11 +218,12 @@ class Layout:
     problem: str = ""
     """Why there is no combiner."""
 
-    def ask(self, denoiser: nn.Module, x: Tensor, rows: Tensor, steps: Tensor) -> Tensor:
+    def ask(self, denoiser: nn.Module, x: Tensor, rows: Tensor, steps: Tensor, guide: Guide | None) -> Tensor:
         if self.combiner is None:
             raise NotCombined(self.problem)
         places = torch.tensor([self.steps.index(step) for step in steps.tolist()])
-        return self.combiner([branch for call in self.calls for branch in call.ask(denoiser, x, rows, places)])
+        branches = [branch for call in self.calls for branch in call.ask(denoiser, x, rows, places)]
+        return self.combiner(branches) if guide is None else guide(self.combiner, branches, x, rows, steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +233,12 @@ class Tape:
     layouts: tuple[Layout, ...]
 
     def predict(
-        self, denoiser: nn.Module, x: Float[Tensor, "n *dims"], rows: Int[Tensor, " n"], steps: Int[Tensor, " n"]
+        self,
+        denoiser: nn.Module,
+        x: Float[Tensor, "n *dims"],
+        rows: Int[Tensor, " n"],
+        steps: Int[Tensor, " n"],
+        guide: Guide | None = None,
     ) -> Float[Tensor, "n *dims"]:
         """Return the guided prediction for `x[i]`, the latents of sample `rows[i]` at step `steps[i]`, with gradient.
 
@@ -247,7 +253,7 @@ class Tape:
             chosen = torch.isin(steps, torch.tensor(layout.steps, device=steps.device)).nonzero().squeeze(1)
             if len(chosen):
                 order.append(chosen.to(x.device))
-                predictions.append(layout.ask(denoiser, x[order[-1]], rows[chosen], steps[chosen]))
+                predictions.append(layout.ask(denoiser, x[order[-1]], rows[chosen], steps[chosen], guide))
         return predictions[0] if len(order) == 1 else torch.cat(predictions)[torch.cat(order).argsort()]
 
     def select(self, rows: Int[Tensor, " n"]) -> "Tape":

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rlalign.diffusion.guidance import AdaptiveProjection
 from rlalign.diffusion.pipeline_call import PipelineCall
 from rlalign.diffusion.sde import Step, Transition
 from rlalign.diffusion.tape import Tape
@@ -29,6 +30,10 @@ class Trajectory:
     level: Float[Tensor, " steps"]
     """Noise level before each step: sigma of a flow, the cumulative alpha for `ddim`."""
     level_next: Float[Tensor, " steps"]
+    guidance: AdaptiveProjection | None = None
+    """What guides in place of the pipeline."""
+    running: Float[Tensor, "batch steps *dims"] | None = None
+    """State of guidance with momentum: the running difference that each step met, float32."""
     transition: Transition
     """The Gaussian of a step, given a prediction."""
     tape: Tape | None
@@ -57,6 +62,7 @@ class Trajectory:
     def nbytes(self) -> int:
         """Bytes held for replay: batch x (steps + 1) latents, batch x steps means in float32, and the embeddings."""
         own = (self.latents, self.means, self.std, self.log_prob, self.scored, self.level, self.level_next)
+        own += () if self.running is None else (self.running,)
         recorded = self.call.nbytes + (self.tape.nbytes if self.tape is not None else 0)
         return sum(tensor.numel() * tensor.element_size() for tensor in own) + recorded
 
@@ -68,6 +74,8 @@ class Trajectory:
     def select(self, rows: Int[Tensor, " n"]) -> "Trajectory":
         """Return a trajectory of these samples, in this order; what belongs to the others is let go."""
         parts = {name: self.__dict__[name][rows] for name in ("latents", "means", "std", "log_prob", "scored")}
+        if self.running is not None:
+            parts["running"] = self.running[rows]
         return replace(self, **parts, tape=self.tape and self.tape.select(rows), call=self.call.select(rows))
 
 
@@ -112,7 +120,16 @@ class Taken:
         self._drawn.append(step.log_prob is not None)
         self._last = step
 
-    def trajectory(self, trained: int, *, tape: Tape | None, call: PipelineCall, output: Any) -> Trajectory:
+    def trajectory(
+        self,
+        trained: int,
+        *,
+        tape: Tape | None,
+        call: PipelineCall,
+        output: Any,
+        guidance: AdaptiveProjection | None = None,
+        running: Tensor | None = None,
+    ) -> Trajectory:
         """Close the record; drawn decisions before step `trained` are scored.
 
         Raises:
@@ -136,6 +153,8 @@ class Taken:
             scored=scored.expand(len(std), -1).clone(),
             level=level,
             level_next=level_next,
+            guidance=guidance,
+            running=None if running is None else self._kept(running),
             transition=self._last.transition,
             tape=tape,
             call=call,

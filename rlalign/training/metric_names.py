@@ -165,6 +165,23 @@ _KNOWN = {
         title="Effective learning rate", from_zero=True, note="Learning rate over weight norm: how far a step turns."
     ),
     "nap/dormant_frac": Metric(title="Dormant units", share=True, from_zero=True),
+    "policy/err_win": Metric(title="Denoising error of winners", note="It should not rise."),
+    "policy/err_lose": Metric(title="Denoising error of losers"),
+    "policy/err_win_ratio": Metric(title="Winners' error over the reference's"),
+    "policy/err_lose_ratio": Metric(
+        title="Losers' error over the reference's", note="Rising together with that of winners: samples are unlearned."
+    ),
+    "policy/margin": Metric(title="Margin of winners over losers", note="Beyond the reference's; positive is right."),
+    "policy/implicit_accuracy": Metric(title="Pairs with a positive margin", share=True),
+    "policy/floored_frac": Metric(title="Losers beyond the floor", share=True, from_zero=True),
+    "data/round": Metric(title="Round"),
+    "data/samples": Metric(title="Samples of the round", unit="samples", from_zero=True),
+    "data/win_frac": Metric(title="Winners among the labelled", share=True, from_zero=True),
+    "data/failed_frac": Metric(title="Samples without an outcome", share=True, from_zero=True),
+    "data/near_threshold_frac": Metric(title="Samples too near to the threshold", share=True, from_zero=True),
+    "data/prompts_with_pairs": Metric(title="Prompts with winners and losers", from_zero=True),
+    "data/prompts_without_pairs": Metric(title="Prompts with one kind alone", from_zero=True),
+    "data/conditions_mib": Metric(title="Memory of the recorded conditions", unit="MiB", from_zero=True),
 }
 _OF_AGENTS = {  # where the same name means something else, or needs other words
     "reward/mean": Metric(title="Outcome", note="Mean over the episodes of the wave, as compared within groups."),
@@ -186,6 +203,8 @@ _OF_AGENTS = {  # where the same name means something else, or needs other words
     "time/step_s": Metric(title="Time per iteration", unit="s", from_zero=True),
 }
 _OF_GENERATORS = {
+    "reward/mean": Metric(title="Reward", note="Mean over the samples of the step, drawn with noise in their steps."),
+    "optim/loss": Metric(title="Loss", note="Of DPO 0.693 at first: policy and reference are one."),
     "policy/kl": Metric(
         title="KL to the reference", unit="nats per dimension", from_zero=True, note="Mean over the denoising steps."
     ),

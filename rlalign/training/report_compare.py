@@ -52,11 +52,14 @@ class Comparison:
 
 
 def compare(run: RunData) -> list[Comparison]:
-    """Compare the first evaluation with the last: correctness first, then the reward, then its parts."""
+    """Compare the first evaluation with the last: correctness first, then the reward, then its parts.
+
+    A generator's samples name their gold outcome first, which is what training is judged by.
+    """
     found = [*_compare_samples(run), *_against_baselines(run)]
     if all(item.change is None for item in found):  # samples of one evaluation only: the logged means may know more
         found = [replace(item, unit=run.unit) for item in _compare_records(run.eval)] or found
-    return sorted(found, key=lambda item: (item.phrasing, not _CORRECTNESS.search(item.name)))
+    return sorted(found, key=lambda item: (item.phrasing, not run.generator and not _CORRECTNESS.search(item.name)))
 
 
 def primary_eval_metric(evaluation: Mapping[str, Series]) -> str | None:
@@ -80,6 +83,8 @@ def _compare_samples(run: RunData) -> list[Comparison]:
     last = run.eval_samples[steps[-1]]
     first = run.eval_samples[steps[0]] if len(steps) > 1 else []
     names = [""] if run.agent else _names(last)
+    if run.generator and len(names) > 1:  # its reward is the gold outcome, and stands under that name
+        names = names[1:]
     found = [_compare(name, _by_problem(first, name), _by_problem(last, name)) for name in names]
     found = [_of_agent(item) for item in found] if run.agent else found
     found = [None if item is None else replace(item, unit=run.unit) for item in found]

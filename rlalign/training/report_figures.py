@@ -170,6 +170,9 @@ def _line(series: Series, *, label: str, spread: Series | None = None, marks: bo
 
 def _part_names(run: RunData) -> list[str]:
     found = [name for name in run.train if name.startswith("reward/") and name.endswith("_mean")]
+    if run.generator:  # a simulator's other outcomes are degrees and counts, which no axis fits together
+        judged = {name for samples in run.eval_samples.values() for sample in samples for name in sample.parts}
+        found = [name for name in found if name.removeprefix("reward/").removesuffix("_mean") in judged]
     return sorted(found)[:6]
 
 
@@ -178,7 +181,7 @@ def _parts(run: RunData) -> Figure | None:
     if not names or names == [primary_train_metric(run.train)]:
         return None
     titles = [name.removeprefix("reward/").removesuffix("_mean") for name in names]  # as their authors wrote them
-    return _overlay("Reward by function", names, titles, run)
+    return _overlay("Outcomes in training" if run.generator else "Reward by function", names, titles, run)
 
 
 def _together(title: str, names: Sequence[str], run: RunData) -> Figure | None:

@@ -107,7 +107,7 @@ def _run(awaitable: Awaitable[Any]) -> Any:
 
 def as_list(answer: Any, rows: int, *, row: str = "completion") -> list[Any]:
     """The function's answer as a list of `rows` items, or `BadReturn` with what to change."""
-    fix = f"return a list with one number (or None) per {row}, {rows} here."
+    fix = f"return a list with one number (or None) per {row}, {rows} here"
     if answer is None:
         raise BadReturn(f"returned None for the whole batch (a missing `return`?); {fix}")
     if _is_array(answer):
@@ -116,7 +116,7 @@ def as_list(answer: Any, rows: int, *, row: str = "completion") -> list[Any]:
         answer = answer.tolist()
     if not isinstance(answer, Sequence) or isinstance(answer, str | bytes):
         lazy = inspect.isgenerator(answer) or isinstance(answer, map | filter | zip)
-        raise BadReturn(f"returned a {type(answer).__name__}; {fix}{' Write `list(...)` around it.' if lazy else ''}")
+        raise BadReturn(f"returned a {type(answer).__name__}; {fix}{'. Write `list(...)` around it' if lazy else ''}")
     if len(answer) != rows:
         raise BadReturn(f"returned {len(answer)} rewards for {rows} {row}s; {fix}")
     return list(answer)

@@ -422,7 +422,7 @@ def test_the_number_of_seeds_is_the_number_of_samples():
 def test_an_ambiguous_denoiser_is_asked_for():
     pipeline = custom_pipeline()
     pipeline.register_modules(other=Network())
-    with pytest.raises(ValueError, match=r"no telling which component.*`denoiser=` one of \['network', 'other'\]"):
+    with pytest.raises(ValueError, match=r"among its components \['network', 'other'\].*`denoiser=`"):
         StochasticSampler(pipeline, SDEConfig())
     wrong = StochasticSampler(pipeline, SDEConfig(), denoiser="other")
     with pytest.raises(ValueError, match="took step 0 without calling its Network"):

@@ -2,12 +2,12 @@
 
 import pytest
 
-from tests.diffusion.small_runs import points_trainer, to_the_right
+from tests.diffusion.small_runs import PretendSimulator, points_trainer, to_the_right
 
 pytestmark = pytest.mark.learning
 
 SETTINGS = {
-    "total_steps": 40,
+    "total_steps": 25,
     "learning_rate": 1e-2,
     "average": False,
     "rollout": {"group_size": 16},
@@ -17,9 +17,9 @@ SETTINGS = {
 }
 
 
-def gain(folder, reward, *, seed, **more):
-    """Held-out reward before and after."""
-    trainer = points_trainer(folder / "run", reward, seed=seed, **SETTINGS, **more)
+def evaluations(folder, reward, **settings):
+    """Of held-out samples, before and after."""
+    trainer = points_trainer(folder / "run", reward, **SETTINGS, **settings)
     before = trainer.evaluate()
     trainer.fit()
     return before, trainer.evaluate()
@@ -28,15 +28,15 @@ def gain(folder, reward, *, seed, **more):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("guard", [True, False])
 def test_points_move_to_the_right(tmp_path, guard, seed):
-    # Measured after 15 steps: + .26 to .35 with GRPO-Guard, + .46 to .49 without.
-    before, after = gain(tmp_path, to_the_right, seed=seed, guard=guard)
-    assert after["eval/reward_mean"] > before["eval/reward_mean"] + 0.2
+    # Measured on seeds 0 to 2: + .46 to .50 with GRPO-Guard, + .53 to .57 without.
+    before, after = evaluations(tmp_path, to_the_right, seed=seed, guard=guard)
+    assert after["eval/reward_mean"] > before["eval/reward_mean"] + 0.3
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_bnpo_learns_from_success_and_failure_alone(tmp_path, seed):
-    # Gold, points right of .5, which is not what is trained: + .08 to .16 after 15 steps.
+    # Measured on seeds 0 to 2: points right of 0, which is trained, + .13 to .18; right of .5, the gold, + .15 to .24.
     more = {"advantage": "beta_normalized", "stop_without_signal": 0}
-    before, after = gain(tmp_path, PretendSimulator(), seed=seed, guard=True, **more)
-    assert after["eval/robust_mean"] > before["eval/robust_mean"] + 0.06
-    assert after["eval/stable_mean"] > before["eval/stable_mean"]
+    before, after = evaluations(tmp_path, PretendSimulator(), seed=seed, guard=True, **more)
+    assert after["eval/robust_mean"] > before["eval/robust_mean"] + 0.08
+    assert after["eval/stable_mean"] > before["eval/stable_mean"] + 0.05
