@@ -50,7 +50,9 @@ def require(config: DiffusionConfig) -> None:
 def _require_names(config: DiffusionConfig) -> None:
     """What the settings name can be imported, and files are there."""
     file, data = config.prompts.file, config.data.path if isinstance(config, DSOConfig) else None
-    for key, name in (("prompts.file", file), ("data.path", data)):
+    source = config.pipeline.source
+    folder = source if source is not None and source.startswith(("/", "./", "../", "~")) and ":" not in source else None
+    for key, name in (("prompts.file", file), ("data.path", data), ("pipeline.source", folder)):
         if name is not None and not Path(name).expanduser().exists():
             raise ConfigError(f"`{key}`={name}: no such file or folder.")
     assert config.reward is not None

@@ -60,7 +60,12 @@ def sampler_of(pipeline: DiffusionPipeline, cfg: SamplingConfig) -> StochasticSa
     guidance = None if cfg.guidance is None else AdaptiveProjection(**vars(cfg.guidance))
     try:
         return StochasticSampler(
-            pipeline, cfg.sde, trained_fraction=cfg.trained_fraction, storage=storage, guidance=guidance
+            pipeline,
+            cfg.sde,
+            trained_fraction=cfg.trained_fraction,
+            storage=storage,
+            by_pipeline=cfg.by_pipeline,
+            guidance=guidance,
         )
     except ValueError as error:
         raise ConfigError(f"`rollout.sde`: {error}") from error

@@ -78,8 +78,8 @@ def infer_combiner(
         raise NotCombined(
             f"the {len(branches)} outputs of the denoiser do not add up to the prediction that the scheduler got "
             f"(relative error {error:.1e}), so the pipeline does more than classifier-free guidance with it, such as "
-            "`guidance_rescale` or a renormalisation. Switch that off, or score by `replay_by_pipeline` (the sampler's "
-            "`by_pipeline=True`)."
+            "`guidance_rescale` or a renormalisation. Switch that off, or replay by the pipeline's own code "
+            "(`rollout.by_pipeline: true`; of a sampler, `by_pipeline=True`)."
         )
     return best
 

@@ -123,6 +123,9 @@ class SamplingConfig:
     """Start all samples of a group from the same noise (DanceGRPO)."""
     batch_size: Count = 64
     """Samples per call of the pipeline; bounds memory, not the result."""
+    by_pipeline: bool = False
+    """Replay steps by running the pipeline's own code for each: slower, and right for guidance that is no affine
+    combination of the denoiser's outputs, such as `guidance_rescale`."""
     offload: bool = False
     """Keep the recorded latents and means in main memory, not on the device."""
 

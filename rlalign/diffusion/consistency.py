@@ -82,6 +82,8 @@ def check_flow_grpo(cfg: FlowGRPOConfig, *, processes: int = 1, simulator: bool 
         )
     if rollout.window_range is not None and rollout.window is None:
         raise ConfigError("`rollout.window_range` has no effect without `rollout.window`; set it, or leave both out.")
+    if rollout.guidance is not None and rollout.by_pipeline:
+        raise ConfigError("`rollout.guidance` projects recorded predictions, which `rollout.by_pipeline` does without.")
     if cfg.objective.authors_bias and not cfg.objective.ratio_norm:
         raise ConfigError("`objective.authors_bias` is a variant of `objective.ratio_norm`, which is off.")
     if simulator is False and cfg.reward is not None and (cfg.reward.outcome or cfg.reward.graded):

@@ -215,7 +215,8 @@ def _passed(metrics: Mapping[str, float], cfg: SampleEvalConfig) -> Limit | None
         for name, bound in bounds.items():
             key = next((key for key in (name, f"eval/{name}", f"eval/{name}_mean") if key in metrics), None)
             if key is None:
-                known = [key.removeprefix("eval/").removesuffix("_mean") for key in metrics if key.endswith("_mean")]
+                means = [key for key in metrics if key.endswith("_mean")]
+                known = ["gold", *(mean.removeprefix("eval/").removesuffix("_mean") for mean in means)]
                 raise ConfigError(f"`eval.{setting}` names {name!r}, which is none of {', '.join(sorted(known))}.")
             if sign * (metrics[key] - bound) > 0:
                 return Limit(name, metrics[key], bound)

@@ -21,7 +21,7 @@ from rlalign.training.distributed import leave_at_exit, sum_over_processes
 from rlalign.training.seeding import seed_everything
 from rlalign.training.session import Session
 
-FORMS = Forms(words={"advantage": "type", "sde": "kind"}, switches=("lora", "average"), first=("rollout", "optim"))
+FORMS = Forms(words={"advantage": "type", "sde": "kind"}, switches=("lora", "average"), first=("rollout", "data", "optim"))
 """What callers of a trainer may write short."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -64,7 +64,7 @@ def build_parts(
         pipeline.to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
     rows = Prompts.of(prompts if prompts is not None else read_prompts(cfg.prompts), pipeline)
-    rows.require_arguments(cfg.pipeline.call, pipeline)
+    rows.require_fit(pipeline, cfg.pipeline.call)
     tuned = TunedPipeline(pipeline, cfg)
     session.join(
         main=accelerator.is_main_process,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from rlalign.config import ConfigError
@@ -64,13 +65,20 @@ class Prompts:
         )
         return cls(rows, place, frozenset(parameters))
 
-    def require_arguments(self, call: Mapping[str, Any], pipeline: Any) -> None:
-        """Refuse settings that are no parameters of the pipeline's call.
+    def require_fit(self, pipeline: DiffusionPipeline, call: Mapping[str, Any]) -> None:
+        """Refuse what the pipeline would trip over: texts without an encoder, arguments that it does not take.
 
         Raises:
-            ConfigError: With the parameters that have a similar name.
+            ConfigError: With what to give instead.
         """
-        takes = inspect.signature(type(pipeline).__call__).parameters
+        encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder")]
+        if "prompt" in self.call([0]) and encoders and all(part is None for part in encoders):
+            embeddings = ", ".join(sorted(name for name in self.parameters if name.endswith("prompt_embeds")))
+            raise ConfigError(
+                f"this {type(pipeline).__name__} has no text encoder for `prompts` that are texts; give mappings with "
+                f"{embeddings}."
+            )
+        takes = inspect.signature(type(pipeline).__call__).parameters  # type: ignore[operator]
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
             return
         for name in call:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import random
 import sys
 import time
@@ -86,7 +87,7 @@ class RewardInProcess:
         copies = {name: self._copy(name, values) for name, values in columns.items()}
         arguments = copies | {k: v for k, v in offered.items() if self.accepts is None or k in self.accepts}
         results, error = [], None
-        with own_randomness(zlib.crc32(repr(request.columns.get("completions")).encode())):
+        with own_randomness(_seed_of(request.columns.get("completions"))):
             try:
                 results = self._limited_call(arguments, request.rows, timeout_s)
             except TimeLimitReached as limit:
@@ -116,6 +117,11 @@ class RewardInProcess:
             if not self.limited:
                 return call(self._call, arguments, rows)
             return run_limited(lambda: call(self._call, arguments, rows), timeout_s)
+
+
+def _seed_of(completions: Any) -> int:
+    """A function of the texts. Images and tensors count by their kind: printing them is slow, and names memory."""
+    return zlib.crc32(json.dumps(completions, default=lambda value: type(value).__name__).encode())
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from rlalign.diffusion.tiny import tiny_pipeline
 from tests.diffusion.half_plane import CLASSES, HEIGHT, RightHalf, pretrained, untrained
 from tests.diffusion.small_runs import merged, tiny_prompts
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 SMALL: dict[str, Any] = {
     "total_updates": 4,
     "data": {"samples": 24, "num_inference_steps": 3},
@@ -78,6 +80,14 @@ def test_loss_of_hand_made_errors_on_the_trainers_path(tmp_path: Path, objective
     pairs, corruption = torch.zeros(2, 2, dtype=torch.long), Corruption(torch.zeros(2, 2), torch.zeros(2, 2, 1))
     loss = trainer.loss(pairs, corruption, reference, denominator=4)
     assert float(loss) == pytest.approx(expected / 2, abs=2e-8)  # two of an update's four pairs
+
+
+def test_short_settings_are_those_of_the_simulated_set(tmp_path: Path):
+    short = {"samples": 30, "num_inference_steps": 3, "kind": "anchored_dro", "beta": 2.0, "learning_rate": 1e-3}
+    cfg = DSOTrainer(untrained(), CLASSES, RightHalf(), run_dir=tmp_path / "run", **short).config
+    assert (cfg.data.samples, cfg.data.num_inference_steps) == (30, 3)
+    assert (cfg.objective.kind, cfg.objective.beta, cfg.optim.learning_rate) == ("anchored_dro", 2.0, 1e-3)
+    assert (cfg.eval.samples, cfg.eval.num_inference_steps) == (256, 20)
 
 
 def test_a_loss_without_its_reference_is_refused():

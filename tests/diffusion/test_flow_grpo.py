@@ -1,5 +1,6 @@
 """The trainer: one step's parts, advantages on binary outcomes, runs that end early, resume to the last bit, faults."""
 
+import dataclasses
 import json
 import math
 import os
@@ -15,9 +16,9 @@ from rlalign.config import ConfigError
 from rlalign.diffusion.flow_grpo import FlowGRPOTrainer
 from rlalign.diffusion.rewards import Judged
 from rlalign.diffusion.tiny import tiny_pipeline
-from rlalign.training import session
 from rlalign.training.metrics import metrics_hash, read
 from rlalign.training.reward_call import RewardError
+from rlalign.training.seeding import derived_seed
 from rlalign.training.signals import Interrupted
 from tests.diffusion.small_runs import (
     SMALL,
@@ -31,10 +32,7 @@ from tests.diffusion.small_runs import (
 )
 
 
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    """Drawing it takes longer than the run."""
-    monkeypatch.setattr(session, "write_report", lambda path: path)
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 def collected(trainer):
@@ -96,6 +94,36 @@ def test_a_shift_below_float32s_resolution_at_1_is_seen(tmp_path):
     trainer.metrics.begin()
     trainer.metrics.scored(torch.tensor([2e-9]), torch.tensor([1.0]), torch.tensor([0]), (1e-9, 1e-9))
     assert trainer.metrics.sums["0/shift"] == pytest.approx(2e-9) and trainer.metrics.sums["0/high"] == 1
+
+
+def test_guidance_that_is_no_combination_is_refused_and_trained_by_the_pipelines_own_code(tmp_path):
+    rows, call = tiny_prompts("sd15")
+    settings = merged(
+        SMALL,
+        {
+            "total_steps": 1,
+            "rollout": {"prompts_per_step": 2, "group_size": 2, "num_inference_steps": 3, "sde": {"kind": "ddim"}},
+            "call": {**call, "guidance_rescale": 0.7},
+        },
+    )
+    refused = FlowGRPOTrainer(tiny_pipeline("sd15"), rows, brightness, run_dir=tmp_path / "refused", **settings)
+    with pytest.raises(ConfigError, match="cannot be replayed.*`guidance_rescale`.*`rollout.by_pipeline: true`"):
+        refused.fit()
+    settings = merged(settings, {"rollout": {"by_pipeline": True}})
+    trainer = FlowGRPOTrainer(tiny_pipeline("sd15"), rows, brightness, run_dir=tmp_path / "run", **settings)
+    (metrics,) = trainer.steps()
+    assert metrics["optim/grad_norm"] > 0 and trainer.tuning.updates == 2
+
+
+def test_evaluation_is_the_stock_pipeline_from_noise_that_no_step_or_batch_changes(tmp_path):
+    trainer = points_trainer(tmp_path / "run", rollout={"batch_size": 3})
+    trainer.step = 7
+    samples, indices = trainer.evaluator.generate()
+    seeds = [derived_seed(0, "held out", k) for k in range(8)]
+    noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+    expected = points_pipeline()([k % 2 for k in range(8)], generator=noise, num_inference_steps=4).samples
+    assert indices == [k % 2 for k in range(8)]
+    np.testing.assert_allclose(samples, expected, rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------- advantages of binary outcomes
@@ -236,6 +264,21 @@ def test_a_limit_of_the_watch_ends_the_run_and_stays_after_a_resume(tmp_path):
     assert again.step == 1
 
 
+def test_a_limit_may_be_put_on_the_gold_outcome_by_any_of_its_names(tmp_path):
+    for name in ("gold", "robust", "eval/robust_mean"):
+        settings = {"eval": {"stop_below": {name: 1.1}}}
+        trainer = points_trainer(tmp_path / name.replace("/", "_"), PretendSimulator(), **settings).fit()
+        assert trainer.step == 0 and trainer.evaluator.limit.name == name
+
+
+def test_a_limit_on_nothing_that_is_measured_is_refused_with_what_is(tmp_path):
+    trainer = points_trainer(tmp_path / "run", PretendSimulator(), eval={"stop_above": {"distance": 1.0}})
+    with pytest.raises(
+        ConfigError, match="`eval.stop_above` names 'distance', which is none of gold, margin, reward, robust, stable"
+    ):
+        trainer.fit()
+
+
 # ---------------------------------------------------------------- resume
 
 RUNS = {
@@ -372,32 +415,45 @@ def test_faults_are_one_sentence_with_the_fix(tmp_path):
     nowhere = "tests.diffusion.small_runs:nothing"
     with pytest.raises(ConfigError, match=f"`pipeline.source`={nowhere}: .* has no 'nothing'"):
         FlowGRPOTrainer(nowhere, [0], to_the_right, run_dir=tmp_path / "g")
+    with pytest.raises(ConfigError, match="`pipeline.call.guidance` is no parameter of Con.*; there is guidance_scale"):
+        points_trainer(tmp_path / "h", call={"guidance": 4.0})
+    with pytest.raises(ConfigError, match="`pipeline.call.num_images_per_prompt` is the trainer's own; set `rollout.g"):
+        points_trainer(tmp_path / "i", call={"num_images_per_prompt": 2})
+    embeddings = "negative_pooled_prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, prompt_embeds"
+    with pytest.raises(ConfigError, match=f"has no text encoder for `prompts` that are texts; .* with {embeddings}"):
+        FlowGRPOTrainer(tiny_pipeline("sd3"), ["a red cube"], brightness, run_dir=tmp_path / "j")
     assert not list(tmp_path.iterdir())
 
 
-def test_half_precision_that_drowns_the_clip_is_refused_before_training(tmp_path):
-    pipeline = tiny_pipeline("sd3").to(torch.bfloat16)
-    rows, call = tiny_prompts("sd3")
-    rows = [{name: value.bfloat16() for name, value in row.items()} for row in rows]
-    small = merged(SMALL, {"rollout": {"prompts_per_step": 2}, "clip_low": 1e-12, "clip_high": 1e-12})
-    call = {**call, "output_type": "latent"}
-    trainer = FlowGRPOTrainer(
-        pipeline, rows, lambda s, p: [float(x.float().mean()) for x in s], run_dir=tmp_path / "run", call=call, **small
-    )
-    trainer.sampler.parity = lambda piece: 2e-6
+def replaying_with_an_error(folder, error, **settings):
+    """A run whose replayed log-probabilities are off by as much."""
+    trainer = points_trainer(folder, total_steps=1, **settings)
+    replay = trainer.sampler.replay
+
+    def off(*args):
+        score = replay(*args)
+        return dataclasses.replace(score, log_prob=score.log_prob + error)
+
+    trainer.sampler.replay = off
+    return trainer
+
+
+def test_a_replay_that_drowns_the_clip_is_refused_before_training(tmp_path):
+    trainer = replaying_with_an_error(tmp_path / "run", 2e-3, guard=False, clip_low=1e-3, clip_high=1e-3)
     with pytest.raises(
         ConfigError,
-        match=r"replaying the first rollout changes log-probabilities by up to 2.0e-06 nats.*the clip is 1.0e-12, so "
-        "every ratio would be rounding noise. Use `pipeline.dtype: float32`",
+        match=r"replaying the first rollout, before any update, gives log-ratios of up to 2.0e-03, and the clip is "
+        "1.0e-03, so every ratio would be rounding noise. Use `pipeline.dtype: float32`",
     ):
         trainer.fit()
+    assert trainer.tuning.updates == 0
 
 
-def test_a_parity_error_near_the_clip_is_told(tmp_path, capsys):
-    trainer = points_trainer(tmp_path / "run", total_steps=1, clip_low=1e-3, clip_high=1e-3)
-    trainer.sampler.parity = lambda piece: 5e-4
-    trainer.fit()
-    assert "Parity: replaying the first rollout changes" in capsys.readouterr().out
+def test_a_parity_error_near_the_clip_is_told_as_the_loss_sees_it(tmp_path, capsys):
+    # Guard multiplies by s, at most .7 here (a sqrt(1 / (1 - .8)) sqrt(.2)): 1.2e-3 nats are 8.4e-4, within the clip.
+    replaying_with_an_error(tmp_path / "run", 1.2e-3, guard=True, clip_low=1e-3, clip_high=1e-3).fit()
+    said = capsys.readouterr().out
+    assert "Parity: replaying the first rollout, before any update, gives log-ratios of up to 8.4e-04" in said
 
 
 @pytest.mark.parametrize(

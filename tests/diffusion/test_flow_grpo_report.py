@@ -4,11 +4,22 @@ import re
 
 import pytest
 
+from rlalign.diffusion.dso import DSOTrainer
 from rlalign.diffusion.flow_grpo import FlowGRPOTrainer
 from rlalign.diffusion.tiny import tiny_pipeline
 from rlalign.training.metric_names import describe, is_titled
 from rlalign.training.metrics import read
-from tests.diffusion.small_runs import SMALL, brightness, merged, tiny_prompts
+from rlalign.training.report_compare import compare
+from rlalign.training.report_data import load_run
+from tests.diffusion.small_runs import (
+    SMALL,
+    PretendSimulator,
+    brightness,
+    merged,
+    points_pipeline,
+    points_trainer,
+    tiny_prompts,
+)
 
 OF_OUTCOMES = re.compile(r"eval/\w+_(mean|stderr)|eval/n")
 """Named after what the user's reward returns."""
@@ -34,6 +45,32 @@ def test_every_metric_has_a_title(run):
     assert [name for name in names if not is_titled(name) and not OF_OUTCOMES.fullmatch(name)] == []
     assert describe("denoising/clip_low_frac_03").title == "Clipped from below, denoising step 4"
     assert describe("policy/kl", generator=True).unit == "nats per dimension"
+
+
+def test_every_metric_of_dso_has_a_title(tmp_path):
+    DSOTrainer(
+        points_pipeline(),
+        [0, 1],
+        PretendSimulator(),
+        run_dir=tmp_path / "run",
+        total_updates=1,
+        samples=24,
+        pairs_per_step=4,
+        eval={"samples": 8, "num_inference_steps": 3, "pictures": 0},
+    ).fit()
+    names = {name for record in read(tmp_path / "run/metrics.jsonl") for name in record if "/" in name}
+    assert {"policy/err_win", "policy/implicit_accuracy", "data/win_frac", "data/conditions_mib"} <= names
+    of_outcomes = re.compile(rf"{OF_OUTCOMES.pattern}|data/(stable|robust|margin)_mean")
+    assert [name for name in names if not is_titled(name) and not of_outcomes.fullmatch(name)] == []
+
+
+def test_the_verdict_is_about_the_gold_outcome_whatever_was_trained(tmp_path):
+    points_trainer(tmp_path / "run", PretendSimulator(), total_steps=1).fit()
+    found = compare(load_run(tmp_path / "run"))
+    assert [item.name for item in found] == ["robust", "stable"]  # trained was `stable`
+    assert found[0].title == "Held-out robust" and found[0].share and found[0].unit == "sample"
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert "Outcomes in training" in page and "Reward by function" not in page
 
 
 def test_the_page_shows_pictures_and_speaks_of_samples(run):

@@ -190,6 +190,8 @@ def test_neither_a_function_nor_a_simulator():
         ConfigError, match=r"`reward` must be a function of \(samples, prompts\) or a Simulator, got int"
     ):
         Judge(3)
+    with pytest.raises(ConfigError, match=r"`reward` is the class PretendSimulator; pass one of its objects: Pretend"):
+        Judge(PretendSimulator)
 
 
 def test_rewards_are_imported_by_name(tmp_path):

@@ -107,6 +107,7 @@ def test_samples_are_drawn_into_the_runs_media(tmp_path: Path):
         ({"reward": {"function": f"{HERE}:LeftHalf"}}, "`reward.function`=.*has no 'LeftHalf'"),
         ({"eval": {"watch": "nowhere:watch"}}, "`eval.watch`=nowhere:watch: No module named 'nowhere'"),
         ({"data": {"path": "nowhere"}}, "`data.path`=nowhere: no such file or folder"),
+        ({"pipeline": {"source": "./nowhere"}}, "`pipeline.source`=./nowhere: no such file or folder"),
         ({"data": {"rounds": 3}}, "`total_updates`=2 cannot be shared out evenly"),
     ],
 )
