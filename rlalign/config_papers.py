@@ -27,12 +27,11 @@ _PAPERS = {
     "TD3+BC": ("`method: td3_bc`", "td3_bc_pendulum"),
     "O-DICE": ("`method: odice`", "odice_pendulum"),
     "GRPO-Guard": (
-        "`method: flow_grpo` with `objective.ratio_norm` and `objective.reweight` (both on by default)",
+        "`method: flow_grpo` with `objective.ratio_norm: true` and `objective.reweight: true`",
         "flow_grpo_stability",
     ),
-    "DanceGRPO": ("`method: flow_grpo` with `rollout.sde.kind: dance_sde`", "flow_grpo_stability"),
-    "DDPO": ("`method: flow_grpo` with `rollout.sde.kind: ddim` and `objective.ratio_norm: false`", "flow_grpo_stability"),
-    "DRO": ("`method: dso` with `objective.kind: dro`", "dso_stability"),
+    "DanceGRPO": ("`method: flow_grpo` with `rollout.sde.kind: dance_sde`", "dance_grpo_stability"),
+    "DRO": ("`method: dso` with `objective.kind: dro`", "dro_stability"),
     "Diffusion-DPO": ("`method: dso` with `objective.kind: dpo`", "dso_stability"),
 }
 

@@ -21,7 +21,9 @@ from rlalign.training.distributed import leave_at_exit, sum_over_processes
 from rlalign.training.seeding import seed_everything
 from rlalign.training.session import Session
 
-FORMS = Forms(words={"advantage": "type", "sde": "kind"}, switches=("lora", "average"), first=("rollout", "data", "optim"))
+FORMS = Forms(
+    words={"advantage": "type", "sde": "kind"}, switches=("lora", "average"), first=("rollout", "data", "optim")
+)
 """What callers of a trainer may write short."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -117,9 +119,7 @@ def load_pipeline(source: str | None, cfg: PipelineConfig, *, full: bool = False
         return built.to(device)
     dtype = torch.float32 if full and cfg.dtype == "auto" else _dtype(cfg.dtype, device)
     try:
-        loaded = DiffusionPipeline.from_pretrained(
-            source, revision=cfg.revision, dtype=dtype, use_safetensors=True
-        )
+        loaded = DiffusionPipeline.from_pretrained(source, revision=cfg.revision, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"`pipeline.source`={source}: {error}") from error
     return loaded.to(device)

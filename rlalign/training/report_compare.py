@@ -90,7 +90,7 @@ def _compare_samples(run: RunData) -> list[Comparison]:
     found = [None if item is None else replace(item, unit=run.unit) for item in found]
     kept = [item for item in found if item is not None]
     # A single reward function with weight 1 is the reward: one row is enough.
-    if len(kept) == 2 and _same_numbers(kept[0], kept[1]):
+    if not run.generator and len(kept) == 2 and _same_numbers(kept[0], kept[1]):
         return kept[1:] if _CORRECTNESS.search(kept[1].name) else kept[:1]
     return kept
 

@@ -31,7 +31,6 @@ from tests.diffusion.small_runs import (
     to_the_right,
 )
 
-
 pytestmark = pytest.mark.usefixtures("no_report")
 
 

@@ -10,7 +10,7 @@ from rlalign.diffusion.tiny import tiny_pipeline
 from rlalign.training.metric_names import describe, is_titled
 from rlalign.training.metrics import read
 from rlalign.training.report_compare import compare
-from rlalign.training.report_data import load_run
+from rlalign.training.report_data import read_run
 from tests.diffusion.small_runs import (
     SMALL,
     PretendSimulator,
@@ -66,7 +66,7 @@ def test_every_metric_of_dso_has_a_title(tmp_path):
 
 def test_the_verdict_is_about_the_gold_outcome_whatever_was_trained(tmp_path):
     points_trainer(tmp_path / "run", PretendSimulator(), total_steps=1).fit()
-    found = compare(load_run(tmp_path / "run"))
+    found = compare(read_run(tmp_path / "run"))
     assert [item.name for item in found] == ["robust", "stable"]  # trained was `stable`
     assert found[0].title == "Held-out robust" and found[0].share and found[0].unit == "sample"
     page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
