@@ -92,7 +92,7 @@ class SampleEvaluator:
                 part = slice(first, first + size)
                 seeds = [derived_seed(cfg.seed, "held out", k) for k in mine[part]]
                 outputs.append(
-                    self.tuned.pipeline(
+                    self.tuned.pipeline(  # type: ignore[operator]
                         **self.prompts.call(indices[part]),
                         **cfg.pipeline.call,
                         num_inference_steps=cfg.eval.num_inference_steps,

@@ -160,7 +160,7 @@ class TunedPipeline:
         self.denoiser.add_adapter(
             LoraConfig(
                 r=cfg.r,
-                lora_alpha=cfg.alpha,  # peft's annotation says int; it divides
+                lora_alpha=cfg.alpha,  # type: ignore[arg-type]  # peft's annotation says int; it divides
                 init_lora_weights="gaussian" if cfg.init == "gaussian" else True,
                 target_modules=targets,
             ),
@@ -185,7 +185,9 @@ def denoiser_of(pipeline: DiffusionPipeline) -> ModelMixin:
 
 def _require_no_adapter(denoiser: nn.Module) -> None:
     """An adapter that is there already would be switched off with ours, and the reference would lose it."""
-    loaded = denoiser.peft_config if isinstance(denoiser, PeftAdapterMixin) and denoiser._hf_peft_config_loaded else {}
+    loaded: Any = (
+        denoiser.peft_config if isinstance(denoiser, PeftAdapterMixin) and denoiser._hf_peft_config_loaded else {}
+    )
     if loaded:
         raise ConfigError(
             f"the {type(denoiser).__name__} carries the adapter {', '.join(loaded)} already: pass a fresh pipeline, or "
@@ -206,7 +208,7 @@ def _require_float32(denoiser: nn.Module) -> None:
 def _low_rank_norm(layer: LoraLayer) -> Tensor:
     """‖s B A‖ without the product: ‖B A‖² = Σ (BᵀB ∘ A Aᵀ)."""
     a, b = layer.lora_A[ADAPTER].weight.double(), layer.lora_B[ADAPTER].weight.double()
-    return layer.scaling[ADAPTER] * ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()
+    return layer.scaling[ADAPTER] * ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()  # type: ignore[operator]
 
 
 def save_adapter(pipeline: DiffusionPipeline, path: str | Path) -> None:
@@ -219,4 +221,4 @@ def save_adapter(pipeline: DiffusionPipeline, path: str | Path) -> None:
     layers = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
     layers = convert_state_dict_to_diffusers(layers) if part == "unet" else layers
     settings = denoiser.peft_config[ADAPTER].to_dict()
-    type(pipeline).save_lora_weights(path, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": settings})
+    type(pipeline).save_lora_weights(path, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": settings})  # type: ignore[call-arg]

@@ -107,9 +107,10 @@ class Prompts:
     def draw(self, step: int, *, count: int, seed: int) -> list[int]:
         """The rows of step `step`: every prompt once per pass, in an order that is a function of (seed, pass)."""
         order: list[int] = []
+        shuffled: list[int] = []
         for place in range(step * count, (step + 1) * count):
             lap, within = divmod(place, len(self))
-            if not order or within == 0:
+            if not shuffled or within == 0:
                 shuffled = torch.randperm(len(self), generator=generator(seed, "prompts", lap)).tolist()
             order.append(shuffled[within])
         return order

@@ -39,8 +39,11 @@ class Simulator(Protocol):
         """The outcome that training is judged by."""
         ...
 
-    def simulate(self, samples: np.ndarray) -> dict[str, np.ndarray]:
-        """Outcome -> one number per sample, NaN where it is unknown. One bad sample never raises."""
+    def simulate(self, samples: Any) -> dict[str, np.ndarray]:
+        """Outcome -> one number per sample, NaN where it is unknown. One bad sample never raises.
+
+        `samples` is an array, or a list where the pipeline returns one, as of images or meshes.
+        """
         ...
 
     def close(self) -> None:
