@@ -102,7 +102,10 @@ def mechanism() -> dict[str, Any]:
         rewards = torch.tensor(margin(made.drawn.samples, [CLASSES[k] for k in made.drawn.indices]))
         groups = torch.tensor(made.drawn.groups)
         advantages = torch.stack(
-            [(r - rewards[groups == g].mean()) / (rewards[groups == g].std() + 1e-4) for r, g in zip(rewards, groups, strict=True)]
+            [
+                (r - rewards[groups == g].mean()) / (rewards[groups == g].std() + 1e-4)
+                for r, g in zip(rewards, groups, strict=True)
+            ]
         )
         steps = piece.scored.any(0).nonzero().squeeze(1).tolist()
         for name, normalized in (("plain", False), ("guard", True)):

@@ -92,12 +92,13 @@ def cells(tasks: list[str], methods: list[str], seed: int, updates: int) -> Iter
             if method == "td3_bc" and task not in CONTINUOUS:
                 continue
             given = {**SHARED, **METHODS[method][1]}
-            gamma = {} if method == "bc" else {"gamma": TASKS[task]["gamma"]}
+            # Behaviour cloning knows neither discount nor rewards.
+            asked = {} if method == "bc" else {name: value for name, value in TASKS[task].items() if name != "env"}
             yield {
                 "task": task,
                 "method": method,
                 "seed": seed,
-                "settings": {**given, **gamma, "total_updates": updates},
+                "settings": {**given, **asked, "total_updates": updates},
             }
 
 
