@@ -340,7 +340,7 @@ def test_renormalised_guidance_is_replayed_by_the_pipeline():
     sampler = StochasticSampler(pipeline, SDEConfig())
     trajectory = sampler.sample({"labels": [1, 2, 3]}, seeds=[1, 2, 3])
     rows, steps = shuffled(trajectory)
-    with pytest.raises(NotCombined, match=r"step 0: the 2 outputs.*do not add up.*`replay_by_pipeline`"):
+    with pytest.raises(NotCombined, match=r"step 0: the 2 outputs.*do not add up.*`rollout.by_pipeline: true`"):
         sampler.replay(trajectory, rows, steps)
     score = sampler.replay_by_pipeline(trajectory, torch.tensor([2, 1]), 1)
     torch.testing.assert_close(score.log_prob, trajectory.log_prob[[2, 1], 1], atol=1e-6, rtol=0)

@@ -68,7 +68,7 @@ def test_what_is_no_combination_is_refused(count):
     outputs = branches(count)
     combined = sum(outputs)
     renormalised = combined / combined.flatten(1).norm(dim=1)[:, None, None]
-    with pytest.raises(NotCombined, match=r"guidance_rescale.*`replay_by_pipeline`"):
+    with pytest.raises(NotCombined, match=r"guidance_rescale.*`rollout.by_pipeline: true`"):
         infer_combiner(outputs, renormalised, candidates=[])
 
 
