@@ -1,9 +1,11 @@
 """Adaptive projected guidance on an unmodified diffusers pipeline: strong guidance without burnt colours.
 
-python examples/diffusion_apg.py
+python examples/diffusion_apg.py [STEPS]        (of denoising, at least 2)
 
 The pipeline has random weights, so that this runs offline in seconds; with a trained one the effect can be seen.
 """
+
+import sys
 
 import numpy as np
 import torch
@@ -18,8 +20,8 @@ def saturation(images) -> float:
 
 
 def main() -> None:
-    pipeline = tiny_pipeline("sd15")
-    call = {"prompt": ["a red cube", "a green cat"], "num_inference_steps": 10, "height": 8, "width": 8}
+    pipeline, steps = tiny_pipeline("sd15"), max(2, int(sys.argv[1])) if len(sys.argv) > 1 else 10
+    call = {"prompt": ["a red cube", "a green cat"], "num_inference_steps": steps, "height": 8, "width": 8}
     for scale in (4.0, 15.0):
         plain = pipeline(**call, guidance_scale=scale, generator=torch.Generator().manual_seed(0)).images
         with adaptive_projected_guidance(pipeline, eta=0.0, norm_threshold=15.0, momentum=-0.5):
