@@ -39,7 +39,7 @@ METHODS = {
     "iql": "rlalign.agents.config_offline:IQLConfig",
     "td3_bc": "rlalign.agents.config_offline:TD3BCConfig",
     "flow_grpo": "rlalign.diffusion.config:FlowGRPOConfig",
-    "dso": "rlalign.diffusion.config:DSOConfig",
+    "dso": "rlalign.diffusion.config_dso:DSOConfig",
 }
 """Method name -> its config class. The package before `.config` has the `run` module that carries the method out."""
 

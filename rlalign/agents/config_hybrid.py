@@ -6,15 +6,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rlalign.advantages.config import GAE
-from rlalign.agents.config import (
-    STRICT,
-    AgentConfig,
-    AgentOptimConfig,
-    Count,
-    NonNegative,
-    NormalizeConfig,
-    Positive,
-)
+from rlalign.agents.config import AgentConfig, AgentOptimConfig, NormalizeConfig
+from rlalign.config_fields import STRICT, Count, NonNegative, Positive
 from rlalign.nn.config import C51, MSE, ValueHeadConfig
 
 

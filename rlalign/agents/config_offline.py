@@ -5,15 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlalign.agents.config import (
-    STRICT,
-    AgentConfig,
-    AgentOptimConfig,
-    Count,
-    NetworkConfig,
-    NonNegative,
-    Positive,
-)
+from rlalign.agents.config import AgentConfig, AgentOptimConfig, NetworkConfig
+from rlalign.config_fields import STRICT, Count, NonNegative, Positive
 from rlalign.nn.config import MSE, ValueHeadConfig
 
 Gamma = Annotated[float, Field(ge=0, lt=1)]

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from rlalign.config import ConfigError
-from rlalign.diffusion.config import DiffusionConfig, DSOConfig, FlowGRPOConfig
+from rlalign.diffusion.config import DiffusionConfig, FlowGRPOConfig
+from rlalign.diffusion.config_dso import DSOConfig
 from rlalign.diffusion.consistency import check_dso, check_flow_grpo, trained_steps
 from rlalign.training.reward_function import import_object
 

@@ -1,21 +1,14 @@
 """Settings of the diffusion trainers: data only, no torch. Defaults are those of GRPO-Guard and DSO where they fit."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from rlalign.advantages.config import AdvantageConfig, GroupRelative
+from rlalign.config_fields import STRICT, Count, CountOrZero, Finite, Fraction, NonNegative, Positive
 from rlalign.diffusion.config_pretrain import PretrainConfig
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-
-STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +147,8 @@ class StepObjective:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneConfig:
-    """What is trained, and how."""
+class AdamWConfig:
+    """AdamW on the trained weights, which are float32."""
 
     __pydantic_config__ = STRICT
 
@@ -166,12 +159,21 @@ class TuneConfig:
     warmup_steps: CountOrZero = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     max_grad_norm: Positive | None = 1.0
+    nonfinite_budget: CountOrZero = 3
+    """Steps with a NaN or infinite gradient that are skipped before the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(AdamWConfig):
+    """How a rollout is learned from."""
+
+    __pydantic_config__ = STRICT
+
     update_epochs: Count = 1
     minibatches: Count = 2
     """Optimizer steps per pass over a rollout; groups stay whole. From the second on a step is off-policy."""
     micro_batch: Count = 64
     """Decisions (denoising steps of samples) per forward and backward; bounds memory, not the gradient."""
-    nonfinite_budget: CountOrZero = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +240,7 @@ class DiffusionLogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionConfig:
+class DiffusionConfig(ABC):
     """What both trainers have."""
 
     __pydantic_config__ = STRICT
@@ -256,6 +258,11 @@ class DiffusionConfig:
     log: DiffusionLogConfig = field(default_factory=DiffusionLogConfig)
     accelerate: dict[str, Any] = field(default_factory=dict)
     """Fields of `accelerate.Accelerator`."""
+
+    @property
+    @abstractmethod
+    def batch_size(self) -> int:
+        """Samples per call of the pipeline."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,76 +284,6 @@ class FlowGRPOConfig(DiffusionConfig):
     stop_without_signal: CountOrZero = 3
     """Stop (or turn to `reward.graded`) after this many steps with over 90 % of groups without signal; 0 only warns."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class PreferenceOptimConfig:
-    """AdamW of DSO."""
-
-    __pydantic_config__ = STRICT
-
-    learning_rate: Positive = 1e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.01
-    warmup_steps: CountOrZero = 0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    max_grad_norm: Positive | None = 1.0
-    pairs_per_step: Count = 48
-    micro_batch: Count = 256
-    """Samples per forward and backward; bounds memory, not the gradient."""
-    nonfinite_budget: CountOrZero = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class SimulatedDataConfig:
-    """The generator's own samples with the simulator's judgement."""
-
-    __pydantic_config__ = STRICT
-
-    samples: Count = 3000
-    """Drawn from the current generator at the beginning of each round."""
-    rounds: Count = 1
-    """Rounds of self-improvement: simulate, label, fine-tune, and again from the improved generator."""
-    num_inference_steps: Count = 20
-    batch_size: Count = 256
-    label: str | None = None
-    """Outcome of the simulator that decides; its `proxy` when null."""
-    threshold: Finite = 0.5
-    """Samples at or above it win, below lose."""
-    band: NonNegative = 0.0
-    """Samples this near to the threshold are left out: their label is noise."""
-    path: str | None = None
-    """Folder of a set that was written before; nothing is simulated then."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DSOObjective:
-    """Which loss on judged samples."""
-
-    __pydantic_config__ = STRICT
-
-    kind: Literal["dpo", "dro", "anchored_dro", "floored_dro", "sft"] = "dpo"
-    beta: Positive = 50.0
-    """Of `dpo` and `anchored_dro`, on errors that are means over the latent's dimensions. The authors use 500 on
-    16 x 16 x 16 x 8 latents."""
-    floor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 1.5
-    """Of `floored_dro`: a losing sample pushes no further once its error is this many times the reference's."""
-    time_mean: Finite = 1.0
-    """Noise levels are sigmoid(normal(time_mean, time_std)); mean 1 favours much noise (DSO's configuration)."""
-    time_std: Positive = 1.0
-    shared_noise: bool = True
-    """Both samples of a pair get the same noise and noise level (Diffusion-DPO); the authors of DSO draw two."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DSOConfig(DiffusionConfig):
-    """Direct Simulation Optimization (Li et al. 2025, arXiv:2503.22677): DPO or DRO on simulated samples."""
-
-    __pydantic_config__ = STRICT
-
-    method: Literal["dso"] = "dso"
-    total_updates: Count = 400
-    """Optimizer steps, shared out evenly over the rounds."""
-    data: SimulatedDataConfig = field(default_factory=SimulatedDataConfig)
-    objective: DSOObjective = field(default_factory=DSOObjective)
-    optim: PreferenceOptimConfig = field(default_factory=PreferenceOptimConfig)
+    @property
+    def batch_size(self) -> int:
+        return self.rollout.batch_size

@@ -3,14 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-
-STRICT = ConfigDict(extra="forbid")
+from rlalign.config_fields import STRICT, Count, CountOrZero, NonNegative, Positive
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@ import math
 
 from rlalign.advantages.config import GAE, GreedyBaseline
 from rlalign.config import ConfigError
-from rlalign.diffusion.config import DiffusionConfig, DSOConfig, FlowGRPOConfig, SamplingConfig
+from rlalign.diffusion.config import DiffusionConfig, FlowGRPOConfig, SamplingConfig
+from rlalign.diffusion.config_dso import DSOConfig
 
 RESERVED = ("num_inference_steps", "generator", "return_dict", "callback_on_step_end", "num_images_per_prompt")
 """Arguments of a pipeline's call that the trainer sets itself."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlalign.config import ConfigError
 from rlalign.diffusion.conditions import Conditions
-from rlalign.diffusion.config import DSOConfig
+from rlalign.diffusion.config_dso import DSOConfig
 from rlalign.diffusion.consistency import check_dso
 from rlalign.diffusion.dso_metrics import DSOMetrics
 from rlalign.diffusion.flow_error import Corruption, DenoisingError, draw_corruption

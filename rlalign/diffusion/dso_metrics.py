@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from accelerate import Accelerator
 from torch import Tensor
 
-from rlalign.diffusion.config import DSOObjective
+from rlalign.diffusion.config_dso import DSOObjective
 from rlalign.diffusion.pair_objective import PairErrors
 from rlalign.diffusion.pairs import Pairs
 from rlalign.diffusion.simulated import SimulatedSet

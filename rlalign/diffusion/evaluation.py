@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from rlalign.config import ConfigError
 from rlalign.diffusion.collect import joined
-from rlalign.diffusion.config import DiffusionConfig, DSOConfig, FlowGRPOConfig, SampleEvalConfig
+from rlalign.diffusion.config import DiffusionConfig, SampleEvalConfig
 from rlalign.diffusion.policy import TunedPipeline
 from rlalign.diffusion.prompts import Prompts
 from rlalign.diffusion.rewards import Judge, load_object
@@ -86,7 +86,7 @@ class SampleEvaluator:
         mine = range(self.accelerator.process_index, count, self.accelerator.num_processes)
         indices = [k % len(self.prompts) for k in mine]
         outputs = []
-        size = _batch_size(cfg)
+        size = cfg.batch_size
         with torch.no_grad(), self.tuned.averaged():
             for first in range(0, len(indices), size):
                 part = slice(first, first + size)
@@ -181,15 +181,6 @@ class SampleEvaluator:
             passed=list(mine[:shown]),
             shapes=self.shapes,
         )
-
-
-def _batch_size(cfg: DiffusionConfig) -> int:
-    match cfg:
-        case FlowGRPOConfig():
-            return cfg.rollout.batch_size
-        case DSOConfig():
-            return cfg.data.batch_size
-    raise AssertionError(cfg)
 
 
 def _known(value: float) -> float | None:

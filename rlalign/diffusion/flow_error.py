@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlalign.diffusion.conditions import Conditions
-from rlalign.diffusion.config import DSOObjective
+from rlalign.diffusion.config_dso import DSOObjective
 from rlalign.diffusion.sampling import evaluating
 from rlalign.functional.flow import flow_matching_error, interpolate
 from rlalign.training.seeding import generator

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlalign.diffusion.config import DSOObjective
+from rlalign.diffusion.config_dso import DSOObjective
 from rlalign.functional.preference import anchored_dro, floored_dro, flow_dpo, flow_dro
 
 WITH_REFERENCE = ("dpo", "anchored_dro", "floored_dro")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,14 @@ from rlalign.diffusion.config_pretrain import PretrainConfig
 from rlalign.diffusion.generator import ConditionalFlowPipeline, FlowTransformer
 from rlalign.diffusion.pretrain_progress import Progress, shown
 from rlalign.training.ema import EMA
-from rlalign.training.files import file_sha256, share_as_umask_says, sync_directory, sync_file, write_durable
+from rlalign.training.files import (
+    cache_directory,
+    file_sha256,
+    share_as_umask_says,
+    sync_directory,
+    sync_file,
+    write_durable,
+)
 from rlalign.training.reward_function import import_object
 from rlalign.training.schedules import lr_scale
 from rlalign.training.seeding import derived_seed, generator
@@ -114,11 +120,6 @@ def cached_generator(
         raise ConfigError(
             f"cannot keep the generator in {root}: {error}. Free some space, or set RLALIGN_CACHE to another folder."
         ) from error
-
-
-def cache_directory() -> Path:
-    """Where generators live: `$RLALIGN_CACHE`, else `~/.cache/rlalign`."""
-    return Path(os.environ.get("RLALIGN_CACHE") or Path.home() / ".cache" / "rlalign")
 
 
 def _check(data: np.ndarray, labels: np.ndarray, names: list[str]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -117,7 +118,7 @@ def stochastic_scheduler(scheduler: Any, sde: SDEConfig) -> "StochasticStep":
     return copied
 
 
-class StochasticStep(SchedulerMixin):
+class StochasticStep(SchedulerMixin, ABC):
     """What a swapped class adds to its stock scheduler: `mode`, `noise`, `window` and a listener.
 
     `ode` calls the stock step. `sample` draws the next latents inside the window, and calls the stock step outside it
@@ -139,16 +140,17 @@ class StochasticStep(SchedulerMixin):
     only: int = 0
     taken: int = 0
 
+    @abstractmethod
     def levels(self, timestep: Tensor) -> tuple[Tensor, Tensor, bool]:
         """Noise level before and after the step, and whether it is the schedule's last."""
-        raise NotImplementedError
 
+    @abstractmethod
     def transition(self) -> Transition:
-        raise NotImplementedError
+        """The Gaussian of the run's steps."""
 
+    @abstractmethod
     def stored_dtype(self, prediction: Tensor, x: Tensor) -> torch.dtype:
         """What the stock step returns the next latents in."""
-        raise NotImplementedError
 
     def stock_step(self, prediction: Tensor, timestep: Tensor, x: Tensor) -> Tensor:
         return self.stock.step(self, prediction, timestep, x, return_dict=False)[0]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rlalign.config import ConfigError, dump
 from rlalign.diffusion.collect import samples_of
-from rlalign.diffusion.config import DSOConfig
+from rlalign.diffusion.config_dso import DSOConfig
 from rlalign.diffusion.policy import TunedPipeline
 from rlalign.diffusion.prompts import Prompts
 from rlalign.diffusion.rewards import Judge

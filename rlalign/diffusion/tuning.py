@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from rlalign.diffusion.config import PreferenceOptimConfig, TuneConfig
+from rlalign.diffusion.config import AdamWConfig
 from rlalign.diffusion.policy import TunedPipeline
 from rlalign.optim.step import SkipBudget, adamw, finite_step, set_learning_rate
 from rlalign.training.schedules import lr_scale
@@ -19,9 +19,7 @@ class Tuning:
         total: Optimizer steps of the whole run, for the schedule.
     """
 
-    def __init__(
-        self, tuned: TunedPipeline, cfg: TuneConfig | PreferenceOptimConfig, *, total: int, accelerator: Accelerator
-    ):
+    def __init__(self, tuned: TunedPipeline, cfg: AdamWConfig, *, total: int, accelerator: Accelerator):
         self.tuned, self.cfg, self.total, self.accelerator = tuned, cfg, total, accelerator
         self.optimizer = adamw(
             tuned.parameters.items(),

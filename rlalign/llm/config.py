@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from rlalign.advantages.config import AdvantageConfig, BetaNormalized, GroupRelative
-from rlalign.llm.config_fields import STRICT, Count, CountOrZero, Finite, Fraction, NonNegative, Positive
+from rlalign.config_fields import STRICT, Count, CountOrZero, Finite, Fraction, NonNegative, Positive
 from rlalign.llm.config_objectives import (
     CISPO,
     GSPO,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlalign.llm.config_fields import STRICT, Fraction, NonNegative, Positive
+from rlalign.config_fields import STRICT, Fraction, NonNegative, Positive
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlalign.llm.config_fields import STRICT, Count, NonNegative, Port, Positive
+from rlalign.config_fields import STRICT, Count, NonNegative, Port, Positive
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,10 @@ from typing import Any
 from filelock import FileLock
 
 from rlalign.config import ConfigError
+from rlalign.training.files import cache_directory
 
 FORMAT = 1
 """Part of the cache key: raised when the conversion below changes its result."""
-
-
-def cache_directory() -> Path:
-    """Where converted models live: `$RLALIGN_CACHE`, else `~/.cache/rlalign`."""
-    return Path(os.environ.get("RLALIGN_CACHE") or Path.home() / ".cache" / "rlalign")
 
 
 def packaged_gguf(package: str) -> Path:

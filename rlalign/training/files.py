@@ -81,3 +81,8 @@ def process_is_alive(pid: int) -> bool:
 def _open_without_following(path: str, flags: int) -> int:
     # O_NOFOLLOW is missing on Windows, where links need a privilege to create.
     return os.open(path, flags | (os.O_NOFOLLOW if os.name == "posix" else 0))
+
+
+def cache_directory() -> Path:
+    """Where what is made once is kept: `$RLALIGN_CACHE`, else `~/.cache/rlalign`."""
+    return Path(os.environ.get("RLALIGN_CACHE") or Path.home() / ".cache" / "rlalign")

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "nn": FOUNDATION,
     "optim": FOUNDATION,
     "training": FOUNDATION,
-    "advantages": ["functional", "statistics", "buffers"],
+    "advantages": ["functional", "statistics", "config", "buffers"],
     **dict.fromkeys(DOMAINS, FOUNDATION + SHARED),
     "cli": FOUNDATION + SHARED + DOMAINS,
     "__init__": [],
@@ -30,7 +30,7 @@ MAY_IMPORT = {
 # Modules beside the packages that belong to one of the units above.
 UNIT_OF_MODULE = {"config_messages": "config", "config_schema": "config", "config_unknown": "config"}
 UNIT_OF_MODULE |= {"config_papers": "config", "cli_errors": "cli"}
-UNIT_OF_MODULE |= {"config_keywords": "config", "yaml_strict": "config", "cli_text": "cli"}
+UNIT_OF_MODULE |= {"config_fields": "config", "config_keywords": "config", "yaml_strict": "config", "cli_text": "cli"}
 FRAMEWORKS = {
     "accelerate": ["training", *DOMAINS],
     "gymnasium": ["agents"],

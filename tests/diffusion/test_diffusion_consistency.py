@@ -10,16 +10,15 @@ from rlalign.advantages.config import GAE
 from rlalign.config import ConfigError
 from rlalign.config_keywords import config_from_keywords
 from rlalign.diffusion.config import (
-    DSOConfig,
     FlowGRPOConfig,
     PipelineConfig,
     SampleEvalConfig,
     SampleRewardConfig,
     SamplingConfig,
-    SimulatedDataConfig,
     StepObjective,
     TuneConfig,
 )
+from rlalign.diffusion.config_dso import DSOConfig, SimulatedDataConfig
 from rlalign.diffusion.consistency import check_dso, check_flow_grpo, trained_steps
 from rlalign.diffusion.parts import FORMS
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlalign.config import ConfigError
-from rlalign.diffusion.config import DSOObjective
+from rlalign.diffusion.config_dso import DSOObjective
 from rlalign.diffusion.dso import DSOTrainer
 from rlalign.diffusion.flow_error import Corruption
 from rlalign.diffusion.pair_objective import PairErrors, pair_objective

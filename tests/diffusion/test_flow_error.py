@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rlalign.config import ConfigError
 from rlalign.diffusion.conditions import Conditions, ModelTime, _model_time
-from rlalign.diffusion.config import DSOObjective
+from rlalign.diffusion.config_dso import DSOObjective
 from rlalign.diffusion.flow_error import DenoisingError, draw_corruption
 from rlalign.diffusion.prompts import Prompts
 from rlalign.diffusion.tiny import TINY_KINDS, tiny_pipeline

@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 
 from rlalign.config import ConfigError
-from rlalign.diffusion.config import DSOConfig, PipelineConfig, SimulatedDataConfig
+from rlalign.diffusion.config import PipelineConfig
+from rlalign.diffusion.config_dso import DSOConfig, SimulatedDataConfig
 from rlalign.diffusion.policy import TunedPipeline
 from rlalign.diffusion.prompts import Prompts
 from rlalign.diffusion.rewards import Judge

@@ -1,4 +1,4 @@
-"""The kinds of numbers that settings of the language-model trainers are, and their rule: no unknown keys."""
+"""The kinds of numbers that settings are, and their one rule: no unknown keys."""
 
 from typing import Annotated
 
