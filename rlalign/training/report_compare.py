@@ -54,12 +54,14 @@ class Comparison:
 def compare(run: RunData) -> list[Comparison]:
     """Compare the first evaluation with the last: correctness first, then the reward, then its parts.
 
-    A generator's samples name their gold outcome first, which is what training is judged by.
+    A generator's samples name their gold outcome first, which is what training is judged by; what it may have cost (the
+    numbers of `eval.watch`) stands at the end.
     """
     found = [*_compare_samples(run), *_against_baselines(run)]
     if all(item.change is None for item in found):  # samples of one evaluation only: the logged means may know more
         found = [replace(item, unit=run.unit) for item in _compare_records(run.eval)] or found
-    return sorted(found, key=lambda item: (item.phrasing, not run.generator and not _CORRECTNESS.search(item.name)))
+    found.sort(key=lambda item: (item.phrasing, not run.generator and not _CORRECTNESS.search(item.name)))
+    return found + _watched(run) if run.generator and run.eval_samples else found
 
 
 def primary_eval_metric(evaluation: Mapping[str, Series]) -> str | None:
@@ -93,6 +95,15 @@ def _compare_samples(run: RunData) -> list[Comparison]:
     if not run.generator and len(kept) == 2 and _same_numbers(kept[0], kept[1]):
         return kept[1:] if _CORRECTNESS.search(kept[1].name) else kept[:1]
     return kept
+
+
+def _watched(run: RunData) -> list[Comparison]:
+    """Numbers about all samples together, which have no spread: likeness to the data, diversity."""
+    names = [
+        name for name in run.eval if name.endswith("_mean") and f"{name.removesuffix('_mean')}_stderr" not in run.eval
+    ]
+    found = [_compare_series(name, run.eval) for name in sorted(names) if name != "eval/reward_mean"]
+    return [replace(item, unit=run.unit, count=0) for item in found if item is not None]
 
 
 def _against_baselines(run: RunData) -> list[Comparison]:

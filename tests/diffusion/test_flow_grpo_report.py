@@ -11,6 +11,7 @@ from rlalign.training.metric_names import describe, is_titled
 from rlalign.training.metrics import read
 from rlalign.training.report_compare import compare
 from rlalign.training.report_data import read_run
+from rlalign.training.report_findings import find
 from tests.diffusion.small_runs import (
     SMALL,
     PretendSimulator,
@@ -71,6 +72,21 @@ def test_the_verdict_is_about_the_gold_outcome_whatever_was_trained(tmp_path):
     assert found[0].title == "Held-out robust" and found[0].share and found[0].unit == "sample"
     page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
     assert "Outcomes in training" in page and "Reward by function" not in page
+
+
+def test_what_a_rise_has_cost_stands_beside_it(tmp_path):
+    watch = "tests.diffusion.test_flow_grpo_report:spread_of_points"
+    points_trainer(tmp_path / "run", PretendSimulator(), total_steps=1, eval={"samples": 8, "watch": watch}).fit()
+    run = read_run(tmp_path / "run")
+    last = compare(run)[-1]
+    assert last.title == "Held-out spread" and last.change is not None and not last.change.defined
+    assert last.after.estimate == run.eval["eval/spread_mean"].values[-1] > 0
+    assert find(run).verdict.sentence.startswith("Held-out robust")
+    assert "<td>Spread</td>" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
+
+
+def spread_of_points(samples, prompts):
+    return {"spread": float(samples.std())}
 
 
 def test_the_page_shows_pictures_and_speaks_of_samples(run):
