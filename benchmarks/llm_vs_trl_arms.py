@@ -51,21 +51,24 @@ class Spec:
     steps: int
     threads: int
     trl_micro_batch: int
+    run_dir: str
 
 
 def main() -> None:
-    spec = Spec(**json.loads(sys.argv[1]))
-    torch.set_num_threads(spec.threads)
-    if spec.arm == "parity":
-        outcome = parity(spec)
-    else:
-        marks = run_trl(spec) if spec.arm.startswith("trl") else run_rlalign(spec)
-        # The first step warms up allocators and caches; it ends at the first mark.
-        pairs = zip(marks, marks[1:], strict=False)
-        steps = [{"wall_s": after[0] - before[0], "cpu_s": after[1] - before[1]} for before, after in pairs]
-        outcome = {"steps": steps, "completion_tokens_per_step": ROWS * spec.completion_tokens}
+    with tempfile.TemporaryDirectory() as scratch:
+        spec = Spec(**json.loads(sys.argv[1]), run_dir=scratch)
+        torch.set_num_threads(spec.threads)
+        outcome = parity(spec) if spec.arm == "parity" else timed(spec)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     Path(sys.argv[2]).write_text(json.dumps(outcome | {"arm": spec.arm, "peak_rss_mib": peak}))
+
+
+def timed(spec: Spec) -> dict[str, Any]:
+    marks = run_trl(spec) if spec.arm.startswith("trl") else run_rlalign(spec)
+    # The first step warms up allocators and caches; it ends at the first mark.
+    pairs = zip(marks, marks[1:], strict=False)
+    steps = [{"wall_s": after[0] - before[0], "cpu_s": after[1] - before[1]} for before, after in pairs]
+    return {"steps": steps, "completion_tokens_per_step": ROWS * spec.completion_tokens}
 
 
 def mark() -> tuple[float, float]:
@@ -113,7 +116,7 @@ def trl_trainer(spec: Spec, callbacks: Sequence[Any] = ()) -> Any:
     model, tokenizer = load(spec)
     tuned: dict[str, Any] = {"bf16": spec.arm == "trl_bf16", "gradient_checkpointing": False}
     config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(),
+        output_dir=spec.run_dir,
         use_cpu=True,
         per_device_train_batch_size=spec.trl_micro_batch,
         gradient_accumulation_steps=ROWS // spec.trl_micro_batch,
@@ -269,7 +272,7 @@ def rlalign_trainer(spec: Spec, *, updates_per_rollout: int = 1) -> PolicyGradie
         [{"prompt": prompt} for prompt in prompts],
         config,
         tokenizer=tokenizer,
-        run_dir=Path(tempfile.mkdtemp()) / "run",
+        run_dir=Path(spec.run_dir) / "run",
     )
     trainer.policy.end_ids = ()  # no token ends a completion: every one runs to the limit
     return trainer

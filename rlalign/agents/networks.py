@@ -83,7 +83,7 @@ def prepare(parts: ObservationParts, observation: Mapping[str, Tensor]) -> dict[
 
 def normalized(module: AnyModule, cfg: NormalizeAndProject | None) -> AnyModule:
     """Put Normalize-and-Project's norms into a network, where the config asks for it."""
-    return module if cfg is None else to_normalized(module, tensors=cfg.tensors)
+    return module if cfg is None else to_normalized(module, tensors=cfg.tensors, constant=True)
 
 
 def _convolutions(shape: tuple[int, ...]) -> nn.Sequential:

@@ -93,7 +93,7 @@ def ready(network: Net, cfg: AgentConfig) -> Net:
     nap = cfg.normalize_and_project
     if nap is not None:
         for one in network if isinstance(network, Critics) else (network,):
-            to_normalized(one, tensors=nap.tensors)
+            to_normalized(one, tensors=nap.tensors, constant=True)
     return network.to(cfg.device)
 
 

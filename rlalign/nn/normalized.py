@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 Tensors = Literal["strict", "all_hidden"]
@@ -39,6 +40,22 @@ class Normalized(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.norm(self.layer(input))
+
+
+class WithConstant(nn.Linear):
+    """A linear layer on its input and a constant 1: the last column of the weight is the bias.
+
+    Behind a norm, a layer without bias sees the direction of its input alone. With the bias in the weight, size tells
+    too, and the output still does not depend on the size of the weight.
+    """
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__(layer.in_features + 1, layer.out_features, bias=False)
+        offset = layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach()
+        self.weight = nn.Parameter(torch.cat([layer.weight.detach(), offset[:, None]], 1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.pad(input, (0, 1), value=1.0), self.weight)
 
 
 class HiddenWeight(nn.Parameter):
@@ -79,7 +96,7 @@ def register_block(kind: type[nn.Module], wiring: Wiring) -> None:
     _WIRINGS[kind] = wiring
 
 
-def to_normalized(module: Net, *, tensors: Tensors = "strict", output: bool = True) -> Net:
+def to_normalized(module: Net, *, tensors: Tensors = "strict", output: bool = True, constant: bool = False) -> Net:
     """Put a norm without scale and offset between every hidden layer and its nonlinearity, in place.
 
     Layers get a LayerNorm, convolutions a GroupNorm over all channels and pixels; the layer's bias goes, since scaling
@@ -93,6 +110,8 @@ def to_normalized(module: Net, *, tensors: Tensors = "strict", output: bool = Tr
             or to an embedding; attention and residual branches included.
         output: The layer registered last is the network's output, and left alone. False for a trunk that ends in
             hidden features.
+        constant: A linear layer that is registered first keeps its bias, as a column of its weight (`WithConstant`):
+            for inputs whose size means something, such as positions and speeds.
 
     Returns:
         The module that was passed.
@@ -103,6 +122,7 @@ def to_normalized(module: Net, *, tensors: Tensors = "strict", output: bool = Tr
     if isinstance(module, LAYERS):
         raise ValueError("a single layer has no hidden part to normalise; pass the network that holds it.")
     kept = _output_layers(module) if output else set()
+    first = next((part for part in module.modules() if isinstance(part, LAYERS)), None)
     done: dict[int, Normalized] = {}
     for block in list(module.modules()):
         for name, norm_name in _hidden_layers(block):
@@ -111,8 +131,7 @@ def to_normalized(module: Net, *, tensors: Tensors = "strict", output: bool = Tr
                 continue
             if id(layer) not in done:
                 norm = _new_norm(layer) if norm_name is None else block.get_submodule(norm_name)
-                layer.register_parameter("bias", None)
-                done[id(layer)] = Normalized(layer, norm)
+                done[id(layer)] = Normalized(_without_bias(layer, keep=constant and layer is first), norm)
             block.register_module(name, done[id(layer)])
             if norm_name is not None:
                 block.register_module(norm_name, nn.Identity())
@@ -200,6 +219,13 @@ def _mark_hidden(module: nn.Module, kept: set[int]) -> None:
 def _output_layers(module: nn.Module) -> set[int]:
     layers = [part for part in module.modules() if isinstance(part, LAYERS)]
     return {id(layer) for layer in layers[-1:]}
+
+
+def _without_bias(layer: nn.Module, *, keep: bool) -> nn.Module:
+    if keep and isinstance(layer, nn.Linear):
+        return WithConstant(layer)
+    layer.register_parameter("bias", None)
+    return layer
 
 
 def _new_norm(layer: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ from rlalign.agents.on_policy import normalized
 from rlalign.config import ConfigError
 from rlalign.functional.masked import aggregate
 from rlalign.training.seeding import generator
-from tests.agents.small_agents import decided, in_spaces, iterated, small
+from tests.agents.small_agents import QUIET, decided, in_spaces, iterated, small
 from tests.agents.tiny_environments import ACTIONS, OBSERVATIONS
 from tests.reference import advantages as reference
 
@@ -309,3 +309,24 @@ for name in ("value/error", "policy/kl", "optim/grad_norm", "value/support_high"
 def test_a_compiled_update_is_the_plain_one_with_a_support_that_is_found_too():
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_networks_under_normalize_and_project_see_the_size_of_an_observation():
+    actor = small(PPO, normalize_and_project=True).model.actor
+    first = next(p for name, p in actor.named_parameters() if name.endswith("layer.weight"))
+    assert first.shape == (8, 5)  # CartPole's four numbers and a constant, without which only their direction is seen
+    with torch.no_grad():
+        first[:, -1] = torch.linspace(-1, 1, 8)
+    near, far = (actor({"vector": size * torch.ones(1, 4)}) for size in (0.1, 1.0))
+    assert (near - far).abs().max() > 1e-4
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("head", ["mse", "hl_gauss"])
+def test_a_critic_under_normalize_and_project_explains_returns(tmp_path, head):
+    # Measured: .75 and .81; about 0 while the first layer had no constant beside its input.
+    agent = PPO(
+        "CartPole-v1", seed=0, value_head=head, normalize_and_project=True, eval=QUIET, run_dir=tmp_path / "run"
+    )
+    *_, last = agent.steps(total_env_steps=65_000)
+    assert last["value/explained_variance"] > 0.5

@@ -456,3 +456,26 @@ def test_dormant_metrics_look_behind_every_nonlinearity_by_channel():
     assert found == {"nap/dormant_frac": pytest.approx((1 / 4 + 0) / 2)}
     with pytest.raises(ValueError, match="there is none"):
         dormant_metrics(nn.Linear(2, 2), torch.ones(1, 2))
+
+
+# ---------------------------------------------------------------- inputs whose size means something
+
+
+def test_a_first_layer_with_a_constant_is_the_layer_and_its_norm():
+    layer, head = nn.Linear(3, 8).double(), nn.Linear(8, 2).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    wanted = head(nn.functional.layer_norm(layer(x), (8,)).tanh())
+    net = to_normalized(nn.Sequential(layer, nn.Tanh(), head), constant=True)
+    torch.testing.assert_close(net(x), wanted, rtol=1e-12, atol=1e-12)
+    ((name, (weight,)),) = projected_weights(net).items()
+    assert (name, weight.shape) == ("0.layer.weight", (8, 4))
+    with torch.no_grad():
+        weight.mul_(7.0)  # the norm's own epsilon, 1e-5, is what is left of the size
+    torch.testing.assert_close(net(x), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_only_a_constant_lets_the_size_of_an_input_through():
+    x = torch.randn(6, 4)
+    for constant, differs in ((False, False), (True, True)):
+        net = to_normalized(nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 1)), constant=constant)
+        assert bool((net(3 * x) - net(x)).abs().max() > 0.05) == differs
