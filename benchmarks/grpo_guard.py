@@ -11,6 +11,7 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,66 +94,109 @@ def trainer(arm: str, seed: int, run_dir: Path, **more: Any) -> FlowGRPOTrainer:
 
 def mechanism() -> dict[str, Any]:
     """Statistics of each denoising step's ratio after policies have moved, and each step's own gradient."""
-    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         made = trainer("guard", 0, Path(scratch) / "run", total_steps=1, eval={"pictures": 0, "samples": 16})
+        weights = made.tuned.parameters
+        start = {name: weight.detach().clone() for name, weight in weights.items()}
         list(made.steps())
         assert made.drawn is not None
-        piece = made.drawn.trajectories[0]
-        rewards = torch.tensor(margin(made.drawn.samples, [CLASSES[k] for k in made.drawn.indices]))
-        groups = torch.tensor(made.drawn.groups)
-        advantages = torch.stack(
-            [
-                (r - rewards[groups == g].mean()) / (rewards[groups == g].std() + 1e-4)
-                for r, g in zip(rewards, groups, strict=True)
-            ]
-        )
+        piece, advantages = made.drawn.trajectories[0], standardised(made)
         steps = piece.scored.any(0).nonzero().squeeze(1).tolist()
-        for name, normalized in (("plain", False), ("guard", True)):
-            cfg = replace(made.config.objective, ratio_norm=normalized, reweight=normalized)
-            found[name] = [one_step(made, cfg, piece, advantages.float(), step) for step in steps]
-    for name in found:
-        scales = [row["gradient"] for row in found[name]]
-        print(name, "gradient spread (largest / smallest step)", round(max(scales) / min(scales), 2))
+        learned = {name: weight.detach() - start[name] for name, weight in weights.items()}
+        found: dict[str, Any] = {"moved": [], "gradients": {}}
+        for direction, way in (("learned", learned), ("random", random_like(learned))):
+            for factor in (0.5, 1.0, 2.0, 4.0):
+                move(weights, start, way, factor)
+                for form in ("plain", "guard"):  # weights of steps do not enter the ratio
+                    rows = ratios(made, forms(made)[form], piece, steps)
+                    found["moved"].append({"direction": direction, "factor": factor, "form": form, "steps": rows})
+        move(weights, start, learned, 0.0)
+        for form, objective in forms(made).items():
+            found["gradients"][form] = [gradient(made, objective, piece, advantages, step) for step in steps]
     return found
 
 
-def one_step(made: FlowGRPOTrainer, cfg: Any, piece: Any, advantages: torch.Tensor, step: int) -> dict[str, float]:
+def forms(made: FlowGRPOTrainer) -> dict[str, Any]:
+    whole = made.config.objective
+    half = replace(whole, reweight=False)
+    return {"plain": replace(half, ratio_norm=False), "ratio_norm": half, "guard": whole}
+
+
+def standardised(made: FlowGRPOTrainer) -> torch.Tensor:
+    assert made.drawn is not None
+    rewards = torch.tensor(margin(made.drawn.samples, [CLASSES[k] for k in made.drawn.indices]))
+    groups = torch.tensor(made.drawn.groups)
+    return torch.stack(
+        [
+            (r - rewards[groups == g].mean()) / (rewards[groups == g].std() + 1e-4)
+            for r, g in zip(rewards, groups, strict=True)
+        ]
+    ).float()
+
+
+def random_like(way: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A random direction; every tensor as long as in `way`."""
+    source = torch.Generator().manual_seed(0)
+    drawn = {name: torch.randn(part.shape, generator=source) for name, part in way.items()}
+    return {name: part * (way[name].norm() / part.norm()) for name, part in drawn.items()}
+
+
+@torch.no_grad()
+def move(weights: Mapping[str, Any], start: dict[str, Any], way: dict[str, Any], factor: float) -> None:
+    for name, weight in weights.items():
+        weight.copy_(start[name] + factor * way[name])
+
+
+@torch.no_grad()
+def ratios(made: FlowGRPOTrainer, objective: Any, piece: Any, steps: list[int]) -> list[dict[str, float]]:
+    """Each step's ratio: its lean, its spread, and what one clip for all steps would hold back."""
+    rows = torch.arange(len(piece.log_prob))
+    shifts, drifts = [], []
+    for step in steps:
+        at = torch.full_like(rows, step)
+        new = made.sampler.replay(piece, rows, at)
+        std = new.std.reshape(-1, *(1,) * (new.mean.ndim - 1))
+        shifts.append(step_log_ratio(objective, new, piece, rows, at).double().expm1())
+        drifts.append(float(gaussian_kl(new.mean, std, piece.means[rows, at], std).flatten(1).mean()))
+    clip = float(torch.stack(shifts).std())
+    return [
+        {
+            "step": step,
+            "mean": float(shift.mean()),
+            "std": float(shift.std()),
+            "theory": 0.0 if objective.ratio_norm else -drift,
+            "above": float((shift > clip).double().mean()),
+            "below": float((shift < -clip).double().mean()),
+        }
+        for step, shift, drift in zip(steps, shifts, drifts, strict=True)
+    ]
+
+
+def gradient(made: FlowGRPOTrainer, objective: Any, piece: Any, advantages: torch.Tensor, step: int) -> float:
+    """Norm of one step's own gradient where the policy moves from: every ratio is 1, and no clip acts."""
     rows = torch.arange(len(advantages))
     steps = torch.full_like(rows, step)
-    new = made.sampler.replay(piece, rows, steps)
-    log_ratio = step_log_ratio(cfg, new, piece, rows, steps)
-    drift = gaussian_kl(new.mean, std_of(new), piece.means[rows, steps], std_of(new)).flatten(1).mean(1)
-    weights = step_weights(cfg, piece)[rows, steps]
-    # Where the policy moves from, every ratio is 1 and the gradient is that of the surrogate without its clip.
-    loss = (weights * surrogate(cfg, log_ratio - log_ratio.detach(), advantages, piece.dimensions)).mean()
-    gradients = torch.autograd.grad(loss, list(made.tuned.parameters.values()), allow_unused=True)
-    norm = math.sqrt(sum(float(g.pow(2).sum()) for g in gradients if g is not None))
-    ratio = log_ratio.detach().double().exp()
-    clip = 3 * float(ratio.std())
-    return {
-        "step": step,
-        "shift": float(ratio.mean() - 1),
-        "std": float(ratio.std()),
-        "shift_in_std": float((ratio.mean() - 1) / ratio.std()),
-        "theory": -float(drift.mean()) if not cfg.ratio_norm else 0.0,
-        "above": float((ratio > 1 + clip / 3).double().mean()),
-        "below": float((ratio < 1 - clip / 3).double().mean()),
-        "gradient": norm,
-    }
-
-
-def std_of(score: Any) -> torch.Tensor:
-    return score.std.reshape(-1, *(1,) * (score.mean.ndim - 1))
+    log_ratio = step_log_ratio(objective, made.sampler.replay(piece, rows, steps), piece, rows, steps)
+    weights = step_weights(objective, piece)[rows, steps]
+    loss = (weights * surrogate(objective, log_ratio, advantages, piece.dimensions)).mean()
+    found = torch.autograd.grad(loss, list(made.tuned.parameters.values()), allow_unused=True)
+    return math.sqrt(sum(float(g.pow(2).sum()) for g in found if g is not None))
 
 
 def mechanism_table(found: dict[str, Any]) -> str:
-    lines = ["step   plain: shift/std  theory      grad    | guard: shift/std   grad"]
-    for plain, guard in zip(found["plain"], found["guard"], strict=True):
+    lines = []
+    for one in found["moved"]:
+        rows = one["steps"]
+        lean = [row["mean"] / row["std"] for row in rows]
+        spread = [row["std"] for row in rows]
+        above, below = (float(np.mean([row[side] for row in rows])) for side in ("above", "below"))
         lines.append(
-            f"{plain['step']:4d}   {plain['shift_in_std']:10.3f}  {plain['theory']:10.2e}  {plain['gradient']:8.4f}  |"
-            f" {guard['shift_in_std']:10.3f}  {guard['gradient']:8.4f}"
+            f"{one['direction']:<8} x{one['factor']:<4g}{one['form']:<11} mean/std {min(lean):+.3f} to {max(lean):+.3f}"
+            f"  std last/first step {spread[-1] / spread[0]:5.2f}"
+            f"  beyond the clip: above {above:.3f} below {below:.3f}"
         )
+    for form, norms in found["gradients"].items():
+        lines.append(f"gradient {form:<11} largest / smallest step {max(norms) / min(norms):.2f}")
     return "\n".join(lines)
 
 
@@ -200,11 +244,13 @@ def matched(cells: Cells) -> dict[str, Any]:
     return table
 
 
-def at_levels(curve: list[dict[str, float]], levels: list[float]) -> dict[str, list[float]]:
+def at_levels(
+    curve: list[dict[str, float]], levels: list[float], names: Sequence[str] = GOLD
+) -> dict[str, list[float]]:
     """Where a run first reaches each proxy, its gold metrics, linear between evaluations."""
     proxies = np.maximum.accumulate([point["proxy"] for point in curve])
     return {
-        name: [float(np.interp(level, proxies, [point[name] for point in curve])) for level in levels] for name in GOLD
+        name: [float(np.interp(level, proxies, [point[name] for point in curve])) for level in levels] for name in names
     }
 
 
@@ -229,12 +275,15 @@ def draw(cells: Cells, found: dict[str, Any] | None, path: Path) -> None:
 
     figure, axes = plt.subplots(1, 4, figsize=(17, 3.8), layout="constrained")
     if found:
+        moved = {
+            one["form"]: one["steps"] for one in found["moved"] if (one["direction"], one["factor"]) == ("learned", 4)
+        }
         for name, colour in (("plain", COLOURS["plain"]), ("guard", COLOURS["guard_auto"])):
-            steps = [row["step"] for row in found[name]]
-            axes[0].plot(steps, [row["shift_in_std"] for row in found[name]], "o-", color=colour, label=name)
-            scales = [row["gradient"] for row in found[name]]
+            steps = [row["step"] for row in moved[name]]
+            axes[0].plot(steps, [row["mean"] / row["std"] for row in moved[name]], "o-", color=colour, label=name)
+            scales = found["gradients"][name]
             axes[1].semilogy(steps, [s / scales[0] for s in scales], "o-", color=colour, label=name)
-        axes[0].set(xlabel="denoising step", ylabel="(mean ratio - 1) / std", title="Shift of the ratio")
+        axes[0].set(xlabel="denoising step", ylabel="(mean ratio - 1) / std", title="Lean of the ratio")
         axes[1].set(xlabel="denoising step", ylabel="norm, first step = 1", title="Gradient of each step")
         axes[0].legend(frameon=False)
     for axis, name in zip(axes[2:], ("frechet_distance", "diversity"), strict=True):
@@ -244,7 +293,8 @@ def draw(cells: Cells, found: dict[str, Any] | None, path: Path) -> None:
             label = arm if run["key"]["seed"] == 0 else None
             axis.plot(*zip(*points, strict=True), color=COLOURS[arm], alpha=0.8, label=label)
         axis.set(xlabel="proxy (margin of the weak judge)", title=name.replace("_", " "))
-    axes[3].legend(frameon=False)
+    if cells.runs:
+        axes[3].legend(frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
