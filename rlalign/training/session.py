@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from weakref import WeakSet
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from rlalign.training.checkpoint import CheckpointError, Checkpoints
@@ -144,9 +145,20 @@ class Session:
         raise self.error
 
     def finish(self, trainer: Resumable) -> None:
-        """Save the end of the run: a last checkpoint, and the model in the form other libraries load."""
+        """Save the end of the run: a last checkpoint, and the model in the form other libraries load.
+
+        Raises:
+            CheckpointError: The disk refuses; what was saved before is intact.
+        """
         self.save(trainer)
-        trainer.save_model(self.path / "model")
+        try:
+            trainer.save_model(self.path / "model")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"the model could not be written to {self.path / 'model'}: {error}. Nothing that was learned is lost: "
+                f"step {trainer.step}, the last one, is saved as a checkpoint. Free disk space (or mend what is named "
+                f"above), then write the model: {self.resume_with}"
+            ) from error
 
     def save(self, trainer: Resumable) -> None:
         """Write a checkpoint of this step, unless there is one."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from rlalign.training import session as session_module
 from rlalign.training.checkpoint import CheckpointError, Checkpoints
@@ -396,6 +397,25 @@ def test_a_full_disk_does_not_hide_why_a_run_ended(tmp_path, monkeypatch, capsys
     assert "No space left on device" in caught.value.__notes__[0]
     assert f"Later: rlalign report {run}" in capsys.readouterr().out
     assert Checkpoints(run / "checkpoints").steps() == [2]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")]
+)
+def test_a_model_that_finds_no_room_costs_nothing_and_is_written_on_resume(tmp_path, monkeypatch, error):
+    run, trainer = tmp_path / "run", Counter()
+    with monkeypatch.context() as full:
+        full.setattr(Counter, "save_model", lambda *_: fail(error)())
+        with pytest.raises(CheckpointError) as caught:
+            train(make(run), trainer)
+    told = str(caught.value)
+    assert "No space left on device" in told and "step 4, the last one, is saved" in told
+    assert told.endswith(f"rlalign resume {run}")
+    assert status(run)["status"] == "failed"
+    assert Checkpoints(run / "checkpoints").steps()[-1] == 4
+    train(make(run), again := Counter(), resume=True)
+    assert (run / "model" / "weights.txt").read_text() == "[4.0, 4.0, 4.0]"
+    assert (again.step, status(run)["status"]) == (4, "done")
 
 
 def test_missing_tracker_packages_are_found_before_there_is_a_directory(tmp_path, monkeypatch):
