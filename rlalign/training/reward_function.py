@@ -1,5 +1,6 @@
 """A reward function: its name, its weight, and where a fresh process can import it from. Stdlib only."""
 
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -51,7 +52,9 @@ def import_object(path: str) -> Any:
         try:
             target = getattr(target, part)
         except AttributeError:
-            raise ImportError(f"'{place}' has no '{part}'") from None
+            near = difflib.get_close_matches(part, [name for name in dir(target) if not name.startswith("_")], n=1)
+            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            raise ImportError(f"'{place}' has no '{part}'{hint}") from None
     return target
 
 

@@ -202,6 +202,8 @@ def test_rewards_are_imported_by_name(tmp_path):
     assert judge(POINTS, [0] * 3).outcome.tolist() == [-2.0, 0.25, 1.0]
     with pytest.raises(ConfigError, match=f"`reward.function`={here}:nothing: '{here}' has no 'nothing'"):
         Judge(SampleRewardConfig(function=f"{here}:nothing"))
+    with pytest.raises(ConfigError, match="has no 'PretendSimulater' .did you mean 'PretendSimulator'"):
+        Judge(SampleRewardConfig(function=f"{here}:PretendSimulater"))
     with pytest.raises(ConfigError, match=r"`reward.function`=.*PretendSimulator: .*unexpected keyword"):
         Judge(SampleRewardConfig(function=f"{here}:PretendSimulator", args={"limit": 1}))
     with pytest.raises(ConfigError, match=r"`eval.watch`=nowhere:at_all: No module named 'nowhere'"):

@@ -172,7 +172,7 @@ def broken_module(folder: Path) -> Path:
     [
         ("missing.jsonl", {}, "there is no file .*missing.jsonl"),
         ("./folder", {}, "is not a .jsonl, .json, .csv, .parquet file"),
-        ("rlalign_envs.arithmetic:problem", {}, "has no 'problem'. It has .*problems"),
+        ("rlalign_envs.arithmetic:problem", {}, "has no 'problem' .did you mean 'problems'... It has .*problems"),
         ("rlalign_envs.arithmetics:problems", {}, "No module named 'rlalign_envs.arithmetics'.*or name its file"),
         (
             "rlalign_envs.arithmetic:problems",
