@@ -23,6 +23,7 @@ from rlalign.diffusion.config_pretrain import PretrainConfig
 from rlalign.diffusion.pretrain import cached_generator
 from rlalign.functional.policy import step_clip
 from rlalign.training.metrics import read
+from rlalign_envs.digits import margin
 from rlalign_envs.stability import StabilitySimulator
 
 BOXES = PretrainConfig(data="rlalign_envs.assemblies:training_set", seed=0)
@@ -73,7 +74,7 @@ def main() -> None:
 def run(*, task: str, form: str, factor: float, seed: int) -> dict[str, Any]:
     started, given = time.process_time(), TASKS[task]
     clip = factor * step_clip(given["dimensions"], normalized=form == "guard")
-    reward: Any = "rlalign_envs.digits:margin" if task == "digits" else StabilitySimulator()
+    reward: Any = margin if task == "digits" else StabilitySimulator()
     with tempfile.TemporaryDirectory() as scratch:
         trainer = FlowGRPOTrainer(
             cached_generator(given["generator"]),
