@@ -103,7 +103,7 @@ def agreement_with_diffusers() -> float:
         )
         theirs.set_state(step=0, num_inference_steps=10, timestep=torch.tensor(900))
         ours, _ = adaptive_projected(cond, uncond, scale=scale, eta=eta, norm_threshold=limit, momentum=0.0)
-        worst = max(worst, float((theirs(cond, uncond).pred - ours).abs().max()))
+        worst = max(worst, float((theirs.forward(cond, uncond).pred - ours).abs().max()))
     return worst
 
 

@@ -160,7 +160,7 @@ class PublicLoop:
             mean = self.trainer.sampler.replay(piece, rows, steps).mean
             self.trainer.tuned.denoiser.enable_adapters()
             return mean
-        x = piece.latents[rows, steps]
+        x, _ = piece.moves(rows, steps)
         prediction = piece.tape.predict(self.reference, x, rows, steps)
         return piece.transition(x, prediction, piece.level[steps], piece.level_next[steps])[0]
 

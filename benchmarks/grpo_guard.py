@@ -157,7 +157,7 @@ def ratios(made: FlowGRPOTrainer, objective: Any, piece: Any, steps: list[int]) 
         new = made.sampler.replay(piece, rows, at)
         std = new.std.reshape(-1, *(1,) * (new.mean.ndim - 1))
         shifts.append(step_log_ratio(objective, new, piece, rows, at).double().expm1())
-        drifts.append(float(gaussian_kl(new.mean, std, piece.means[rows, at], std).flatten(1).mean()))
+        drifts.append(float(gaussian_kl(new.mean, std, piece.mean_of(rows, at), std).flatten(1).mean()))
     clip = float(torch.stack(shifts).std())
     return [
         {

@@ -91,11 +91,11 @@ class Conditions:
 
     def __init__(self, pipeline: DiffusionPipeline, prompts: Prompts, call: Mapping[str, Any], *, batch_size: int = 64):
         self.prompts, self.call, self.batch_size = prompts, dict(call), batch_size
-        sde = SDEConfig(kind="ddim" if "beta_schedule" in pipeline.scheduler.config else "flow_sde")
-        self.sampler = StochasticSampler(pipeline, sde)
-        scheduler: Any = stochastic_scheduler(pipeline.scheduler, sde)
-        self.alpha_bars: Tensor | None = scheduler.alphas_cumprod if sde.kind == "ddim" else None
-        self.kind = scheduler.config["prediction_type"] if sde.kind == "ddim" else "flow"
+        self.sampler = StochasticSampler(pipeline, SDEConfig())
+        scheduler: Any = stochastic_scheduler(pipeline.scheduler, SDEConfig())
+        flow = scheduler.sde.kind != "ddim"
+        self.alpha_bars: Tensor | None = None if flow else scheduler.alphas_cumprod
+        self.kind = "flow" if flow else scheduler.config["prediction_type"]
         self.sign = 1
         self._asked: list[_Asked] = []
         self._known: dict[int, tuple[int, int]] = {}

@@ -56,7 +56,7 @@ class SampleRewardConfig:
     outcome: str | None = None
     """Which of a simulator's outcomes is the reward; its own `proxy` when null."""
     graded: str | None = None
-    """Outcome that takes over once the reward saturates (over 90 % of groups without signal, three times in a row)."""
+    """Outcome that takes over once the reward saturates: three steps with at least 90 % of groups without signal."""
     timeout_s: Positive = 600.0
     on_error: Literal["raise", "abstain", "penalty"] = "abstain"
     penalty: Finite = 0.0
@@ -69,11 +69,11 @@ class SDEConfig:
 
     __pydantic_config__ = STRICT
 
-    kind: Literal["flow_sde", "dance_sde", "cps", "ddim"] = "flow_sde"
+    kind: Literal["auto", "flow_sde", "dance_sde", "cps", "ddim"] = "auto"
     """`flow_sde` (Flow-GRPO), `dance_sde` (DanceGRPO), `cps` (coefficients-preserving sampling) for flow models; `ddim`
-    for models that predict noise or v."""
-    noise_level: Positive = 0.7
-    """a of `flow_sde` and `cps`, eta of `dance_sde` and `ddim`."""
+    for models that predict noise or v. `auto`: `ddim` where the scheduler has a schedule of betas, else `flow_sde`."""
+    noise_level: Positive | Literal["auto"] = "auto"
+    """a of `flow_sde` and `cps`, eta of `dance_sde` and `ddim`. `auto`: what the papers use, 0.7, 0.8, 0.3 and 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +282,7 @@ class FlowGRPOConfig(DiffusionConfig):
     objective: StepObjective = field(default_factory=StepObjective)
     optim: TuneConfig = field(default_factory=TuneConfig)
     stop_without_signal: CountOrZero = 3
-    """Stop (or turn to `reward.graded`) after this many steps with over 90 % of groups without signal; 0 only warns."""
+    """Stop (or turn to `reward.graded`) after so many steps with at least 90 % of groups without signal; 0 warns."""
 
     @property
     def batch_size(self) -> int:

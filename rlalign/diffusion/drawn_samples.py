@@ -9,6 +9,7 @@ import torch
 from rlalign.config import ConfigError
 from rlalign.diffusion.collect import samples_of
 from rlalign.diffusion.media import draw_samples
+from rlalign.diffusion.pipeline_call import quiet
 from rlalign.diffusion.prompts import Prompts
 from rlalign.training.seeding import derived_seed
 
@@ -34,7 +35,7 @@ def draw_some(trainer: "FlowGRPOTrainer | DSOTrainer", prompt: str | None, *, co
     noise = [torch.Generator().manual_seed(derived_seed(cfg.seed, "held out", k)) for k in range(count)]
     call = {**prompts.call(indices), **cfg.pipeline.call, "num_inference_steps": cfg.eval.num_inference_steps}
     try:
-        with torch.no_grad(), tuned.averaged():
+        with torch.no_grad(), tuned.averaged(), quiet(tuned.pipeline):
             samples = samples_of(tuned.pipeline(**call, generator=noise))  # type: ignore[operator]
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{type(tuned.pipeline).__name__} does not take {prompt!r}: {error}") from error

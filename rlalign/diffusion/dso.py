@@ -16,7 +16,8 @@ from rlalign.diffusion.dso_metrics import DSOMetrics
 from rlalign.diffusion.flow_error import Corruption, DenoisingError, draw_corruption
 from rlalign.diffusion.pair_objective import WITH_REFERENCE, PairErrors, pair_objective
 from rlalign.diffusion.pairs import Pairs, labels_of, told
-from rlalign.diffusion.parts import build_parts, config_of
+from rlalign.diffusion.parts import config_of, parts_of
+from rlalign.diffusion.policy import COMPARE_EVERY
 from rlalign.diffusion.simulated import SimulatedSet, read_set, settings_of, simulate, write_set
 from rlalign.diffusion.tuning import Tuning
 from rlalign.training.seeding import derived_seed, rng_state, set_rng_state
@@ -26,8 +27,6 @@ Reference = tuple[Float[Tensor, " n"], Float[Tensor, " n"]]
 Side = Literal["win", "lose"]
 SIDES: tuple[Side, ...] = ("win", "lose")
 """Columns of pairs."""
-COMPARE_EVERY = 10
-"""Updates between two looks at the reference (and at losers) by losses that do without; for the metrics."""
 
 
 class DSOTrainer:
@@ -73,7 +72,7 @@ class DSOTrainer:
         cfg = config_of(DSOConfig, config, settings)
         check_dso(cfg)  # before a large model is loaded
         self.config, self.callback = cfg, callback
-        parts = build_parts(
+        with parts_of(
             cfg,
             pipeline=pipeline,
             prompts=prompts,
@@ -81,14 +80,14 @@ class DSOTrainer:
             total=cfg.total_updates,
             run_dir=run_dir,
             config_text=config_text,
-        )
-        self.tuned, self.prompts, self.judge = parts.tuned, parts.prompts, parts.judge
-        self.evaluator, self.session, self.accelerator = parts.evaluator, parts.session, parts.accelerator
-        check_dso(cfg, processes=self.accelerator.num_processes)
-        self.tuning = Tuning(self.tuned, cfg.optim, total=cfg.total_updates, accelerator=self.accelerator)
-        self.conditions = Conditions(
-            self.tuned.pipeline, self.prompts, cfg.pipeline.call, batch_size=cfg.data.batch_size
-        )
+        ) as parts:
+            self.tuned, self.prompts, self.judge = parts.tuned, parts.prompts, parts.judge
+            self.evaluator, self.session, self.accelerator = parts.evaluator, parts.session, parts.accelerator
+            check_dso(cfg, processes=self.accelerator.num_processes)
+            self.tuning = Tuning(self.tuned, cfg.optim, total=cfg.total_updates, accelerator=self.accelerator)
+            self.conditions = Conditions(
+                self.tuned.pipeline, self.prompts, cfg.pipeline.call, batch_size=cfg.data.batch_size
+            )
         self.error = DenoisingError(self.conditions)
         self.metrics = DSOMetrics(self.accelerator)
         self.data: SimulatedSet | None = None
@@ -144,6 +143,8 @@ class DSOTrainer:
         """One optimizer step on pairs, in micro-batches of at most `optim.micro_batch` samples."""
         with self.metrics.clock("train"):
             pieces = list(self.micro_batches(pairs))
+            if pieces and self.step % COMPARE_EVERY == 0:
+                self.metrics.norm_ratio = self.norm_ratio(*pieces[0])
             for (rows, corruption), reference in zip(pieces, self.references(pieces), strict=True):
                 self.loss(rows, corruption, reference, denominator=len(pairs)).backward()
             self.metrics.stepped(*self.tuning.take_step())
@@ -197,6 +198,14 @@ class DSOTrainer:
             corruption.level[:, columns].T.flatten().to(device),
             self.data.prompts[rows],
         )
+
+    def norm_ratio(self, pairs: Int[Tensor, "n two=2"], corruption: Corruption) -> float:
+        """`TunedPipeline.norm_ratio` on the winners, noised."""
+        assert self.data is not None
+        winners, device = pairs[:, 0], self.tuned.device
+        clean, prompts = self.data.latents[winners].to(device), self.data.prompts[winners]
+        x, told, _ = self.error.corrupted(clean, corruption.noise[:, 0].to(device), corruption.level[:, 0].to(device))
+        return self.tuned.norm_ratio(lambda: self.conditions.predict(x, told, prompts))
 
     @property
     def finished(self) -> bool:

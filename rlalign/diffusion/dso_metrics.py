@@ -32,6 +32,7 @@ class DSOMetrics:
         self.sums: dict[str, float] = defaultdict(float)
         self.once: dict[str, float] = {}
         self.norm = self.learning_rate = 0.0
+        self.norm_ratio: float | None = None
 
     @contextmanager
     def clock(self, name: str) -> Iterator[None]:
@@ -103,6 +104,8 @@ class DSOMetrics:
                 "policy/err_lose_ratio": sums["lose_now"] / sums["lose_ref"],
                 "policy/floored_frac": sums["floored"] / compared,
             }
+        if self.norm_ratio is not None:
+            metrics["policy/norm_ratio"] = self.norm_ratio
         times = {f"time/{name}_s": spent for name, spent in self.seconds.items()}
         return metrics | self.once | times | {"time/step_s": time.perf_counter() - self.started}
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from rlalign.config import ConfigError
 from rlalign.diffusion.collect import joined
 from rlalign.diffusion.config import DiffusionConfig, SampleEvalConfig
+from rlalign.diffusion.pipeline_call import quiet
 from rlalign.diffusion.policy import TunedPipeline
 from rlalign.diffusion.prompts import Prompts
 from rlalign.diffusion.rewards import Judge, load_object
@@ -87,7 +88,7 @@ class SampleEvaluator:
         indices = [k % len(self.prompts) for k in mine]
         outputs = []
         size = cfg.batch_size
-        with torch.no_grad(), self.tuned.averaged():
+        with torch.no_grad(), self.tuned.averaged(), quiet(self.tuned.pipeline):
             for first in range(0, len(indices), size):
                 part = slice(first, first + size)
                 seeds = [derived_seed(cfg.seed, "held out", k) for k in mine[part]]

@@ -13,9 +13,10 @@ from rlalign.advantages import build_estimator
 from rlalign.buffers import Rollout, RolloutBuffer, TrainBatch
 from rlalign.diffusion.collect import Drawn, assemble, draw, sampler_of
 from rlalign.diffusion.config import FlowGRPOConfig
-from rlalign.diffusion.consistency import check_flow_grpo
+from rlalign.diffusion.consistency import check_decomposed, check_flow_grpo
 from rlalign.diffusion.parity import require_parity
-from rlalign.diffusion.parts import build_parts, config_of
+from rlalign.diffusion.parts import config_of, parts_of
+from rlalign.diffusion.policy import COMPARE_EVERY
 from rlalign.diffusion.saturation import Saturation
 from rlalign.diffusion.step_metrics import StepMetrics
 from rlalign.diffusion.step_objective import clips, kl_to, step_log_ratio, step_weights, surrogate
@@ -71,7 +72,7 @@ class FlowGRPOTrainer:
             cfg = replace(cfg, objective=replace(cfg.objective, ratio_norm=guard, reweight=guard))
         check_flow_grpo(cfg)  # before a large model is loaded
         self.config, self.callback = cfg, callback
-        parts = build_parts(
+        with parts_of(
             cfg,
             pipeline=pipeline,
             prompts=prompts,
@@ -79,15 +80,15 @@ class FlowGRPOTrainer:
             total=cfg.total_steps,
             run_dir=run_dir,
             config_text=config_text,
-        )
-        self.tuned, self.prompts, self.judge = parts.tuned, parts.prompts, parts.judge
-        self.evaluator, self.session, self.accelerator = parts.evaluator, parts.session, parts.accelerator
-        check_flow_grpo(cfg, processes=self.accelerator.num_processes, simulator=self.judge.simulator is not None)
-        self.sampler = sampler_of(self.tuned.pipeline, cfg.rollout)
-        updates = cfg.total_steps * cfg.optim.update_epochs * cfg.optim.minibatches
-        self.estimator, self.buffer = build_estimator(cfg.advantage), RolloutBuffer()
-        self.tuning = Tuning(self.tuned, cfg.optim, total=updates, accelerator=self.accelerator)
-        self.saturation = Saturation(self.judge, cfg.stop_without_signal, graded=self.graded)
+        ) as parts:
+            self.tuned, self.prompts, self.judge = parts.tuned, parts.prompts, parts.judge
+            self.evaluator, self.session, self.accelerator = parts.evaluator, parts.session, parts.accelerator
+            check_flow_grpo(cfg, processes=self.accelerator.num_processes, simulator=self.judge.simulator is not None)
+            self.sampler = sampler_of(self.tuned.pipeline, cfg.rollout)
+            updates = cfg.total_steps * cfg.optim.update_epochs * cfg.optim.minibatches
+            self.estimator, self.buffer = build_estimator(cfg.advantage), RolloutBuffer()
+            self.tuning = Tuning(self.tuned, cfg.optim, total=updates, accelerator=self.accelerator)
+            self.saturation = Saturation(self.judge, cfg.stop_without_signal, graded=self.graded)
         self.metrics = StepMetrics(self.accelerator)
         self.drawn: Drawn | None = None
         self.step = 0
@@ -143,6 +144,7 @@ class FlowGRPOTrainer:
         with self.metrics.clock("reward"):
             indices = self.drawn.indices
             judged = self.judge(self.drawn.samples, self.prompts.texts(indices), self.prompts.columns(indices))
+        check_decomposed(cfg, judged.parts)
         rollout = assemble(self.drawn, judged, process=self.accelerator.process_index)
         rollout = gather_rollout(rollout, self.accelerator)
         self.metrics.collected(self.drawn, rollout)
@@ -238,10 +240,20 @@ class FlowGRPOTrainer:
         """Stopped early: the reward is saturated, or a metric has passed its limit."""
         return bool(self.saturation.ended) or self.evaluator.limit is not None
 
+    def norm_ratio(self) -> float:
+        """`TunedPipeline.norm_ratio` on decisions of the last rollout, spread over its samples and steps."""
+        assert self.drawn is not None
+        piece = self.drawn.trajectories[0]
+        rows, steps = piece.scored.nonzero(as_tuple=True)
+        some = torch.arange(0, len(rows), -(-len(rows) // self.config.optim.micro_batch))
+        return self.tuned.norm_ratio(lambda: self.sampler.replay(piece, rows[some], steps[some]).prediction)
+
     def record(self, batch: TrainBatch) -> dict[str, float]:
         """Log the finished step, and hand its metrics on."""
         metrics = self.metrics.finish(batch, self.estimator.metrics)
         metrics["policy/weight_distance"] = self.tuned.distance()
+        if self.step % COMPARE_EVERY == 1:
+            metrics["policy/norm_ratio"] = self.norm_ratio()
         journal = self.session.journal
         journal.train(self.step, metrics)
         journal.notes(self.saturation.update(self.step, metrics))

@@ -67,7 +67,7 @@ class Replayed:
         running = None
         if taken.running is not None:
             place = taken.running.device
-            running = taken.running[rows.to(place), steps.to(place)].to(x.device)
+            running = taken.running[rows.to(place), steps.to(place) - taken.first].to(x.device)
         return _guided(self.projection, combiner, branches, x, taken.transition, level, running)[0]
 
 

@@ -1,7 +1,8 @@
 """Build a trainer's parts from its settings and arguments, and refuse what cannot work before anything is sampled."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ class Parts:
     accelerator: Accelerator
 
 
-def build_parts(
+@contextmanager
+def parts_of(
     cfg: DiffusionConfig,
     *,
     pipeline: Any,
@@ -49,8 +51,11 @@ def build_parts(
     total: int,
     run_dir: str | Path | None,
     config_text: str | None,
-) -> Parts:
-    """Judge first (cheap to refuse), then the generator, then what is generated from."""
+) -> Iterator[Parts]:
+    """Build them for the block that makes a trainer of them; if it fails, the pipeline is left as it came.
+
+    Judge first (cheap to refuse), then the generator, then what is generated from.
+    """
     seed_everything(cfg.seed)
     session = _session(cfg, run_dir, config_text, total=total, scripted=pipeline is not None)
     reward = reward if reward is not None else cfg.reward
@@ -64,7 +69,6 @@ def build_parts(
     leave_at_exit(accelerator)
     if accelerator.num_processes > 1 and works_on == pipeline.device:
         pipeline.to(accelerator.device)
-    pipeline.set_progress_bar_config(disable=True)
     rows = Prompts.of(prompts if prompts is not None else read_prompts(cfg.prompts), pipeline)
     rows.require_fit(pipeline, cfg.pipeline.call)
     tuned = TunedPipeline(pipeline, cfg)
@@ -72,14 +76,18 @@ def build_parts(
         main=accelerator.is_main_process,
         anywhere=lambda flag: sum_over_processes({"flag": float(flag)}, accelerator)["flag"] > 0,
     )
-    return Parts(
-        tuned=tuned,
-        prompts=rows,
-        judge=judge,
-        evaluator=SampleEvaluator(tuned, rows, judge, cfg, session, accelerator),
-        session=session,
-        accelerator=accelerator,
-    )
+    try:
+        yield Parts(
+            tuned=tuned,
+            prompts=rows,
+            judge=judge,
+            evaluator=SampleEvaluator(tuned, rows, judge, cfg, session, accelerator),
+            session=session,
+            accelerator=accelerator,
+        )
+    except Exception:
+        tuned.release()
+        raise
 
 
 def config_of(cls: type, config: Any, settings: dict[str, Any]) -> Any:

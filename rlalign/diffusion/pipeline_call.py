@@ -103,6 +103,13 @@ def replaced_scheduler(pipeline: DiffusionPipeline, scheduler: Any) -> Iterator[
 
 
 @contextmanager
+def quiet(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Let the pipeline show no progress bar inside the context."""
+    with _replaced(pipeline, "_progress_bar_config", {"disable": True}):
+        yield
+
+
+@contextmanager
 def _replaced(pipeline: DiffusionPipeline, name: str, value: Any, *, when: bool = True) -> Iterator[None]:
     members = vars(pipeline)
     before = {name: members[name]} if name in members else {}

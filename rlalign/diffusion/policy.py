@@ -1,6 +1,6 @@
 """The generator that is trained: its denoiser's adapter or weights, the frozen reference, the moving average."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import convert_state_dict_to_diffusers
+from jaxtyping import Float
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
@@ -22,6 +23,8 @@ from rlalign.diffusion.folding import bypassed, folded, pays
 from rlalign.training.ema import EMA
 
 ADAPTER = "policy"
+COMPARE_EVERY = 10
+"""Steps of a trainer between comparisons with the generator as it came that metrics alone need."""
 JOINT_ATTENTION = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 """Projections of the text stream in transformers that attend over both (SD3, Flux, Qwen)."""
 
@@ -40,18 +43,18 @@ class TunedPipeline:
     def __init__(self, pipeline: DiffusionPipeline, cfg: DiffusionConfig):
         self.pipeline, self.cfg = pipeline, cfg
         self.denoiser = denoiser_of(pipeline)
-        _require_no_adapter(self.denoiser)
-        for component in pipeline.components.values():
-            if isinstance(component, nn.Module):
-                component.requires_grad_(False).eval()
-        if cfg.pipeline.gradient_checkpointing:
-            self._save_memory()
         self.adapter = cfg.lora is not None
-        if cfg.lora is not None:
-            self._add_adapter(cfg.lora)
-        else:
+        _require_no_adapter(self.denoiser)
+        if cfg.lora is None:
             _require_float32(self.denoiser)
-            self.denoiser.requires_grad_(True)
+        networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+        self._modes = {module: module.training for network in networks for module in network.modules()}
+        self._flags = {p: p.requires_grad for network in networks for p in network.parameters()}
+        try:
+            self._prepare(networks)
+        except Exception:
+            self.release()
+            raise
         self.parameters = {name: p for name, p in self.denoiser.named_parameters() if p.requires_grad}
         for parameter in self.parameters.values():  # half precision cannot hold what an optimizer adds
             parameter.data = parameter.data.float()
@@ -59,6 +62,17 @@ class TunedPipeline:
         self.average = EMA(trained, cfg.average.decay, warmup=True) if cfg.average is not None else None
         self.frozen = None if self.adapter else EMA(trained, 0.0)
         """Without an adapter to switch off, the reference is a copy of the weights as they came."""
+
+    def release(self) -> None:
+        """Leave the pipeline as it came: what a trainer that cannot be built does before it says why."""
+        if self.adapter and isinstance(self.denoiser, PeftAdapterMixin) and self.denoiser._hf_peft_config_loaded:
+            self.denoiser.unload_lora()
+        if self.cfg.pipeline.gradient_checkpointing and not self._checkpointed:
+            self.denoiser.disable_gradient_checkpointing()
+        for module, training in self._modes.items():
+            module.training = training
+        for parameter, flag in self._flags.items():
+            parameter.requires_grad_(flag)
 
     @property
     def device(self) -> torch.device:
@@ -107,6 +121,17 @@ class TunedPipeline:
         moves = [(p.detach().to(k) - k).norm() for p, k in zip(self.parameters.values(), kept, strict=True)]
         return float(torch.stack(moves).norm())
 
+    @torch.no_grad()
+    def norm_ratio(self, predict: Callable[[], Float[Tensor, "n *dims"]]) -> float:
+        """Mean of |v|/|v_ref|: predictions against those of the generator as it came, on the same input.
+
+        It grows where a reward is over-optimised (NormGuard, arXiv:2606.27771).
+        """
+        now = predict().flatten(1).norm(dim=1)
+        with self.reference():
+            before = predict().flatten(1).norm(dim=1)
+        return float((now / before).mean())
+
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"trained": {name: p.detach() for name, p in self.parameters.items()}}
         state |= {} if self.average is None else {"average": self.average.state_dict()}
@@ -137,6 +162,17 @@ class TunedPipeline:
 
     def _layers(self) -> list[LoraLayer]:
         return [module for module in self.denoiser.modules() if isinstance(module, LoraLayer)]
+
+    def _prepare(self, networks: Sequence[nn.Module]) -> None:
+        for network in networks:
+            network.requires_grad_(False).eval()
+        self._checkpointed = self.denoiser.is_gradient_checkpointing
+        if self.cfg.pipeline.gradient_checkpointing:
+            self._save_memory()
+        if self.cfg.lora is not None:
+            self._add_adapter(self.cfg.lora)
+        else:
+            self.denoiser.requires_grad_(True)
 
     def _save_memory(self) -> None:
         try:

@@ -15,7 +15,7 @@ from rlalign.diffusion.config import SDEConfig
 from rlalign.diffusion.guidance import AdaptiveProjection
 from rlalign.diffusion.guided_steps import GuidedSteps, Replayed
 from rlalign.diffusion.networks import denoiser_named, evaluating
-from rlalign.diffusion.pipeline_call import PipelineCall, per_sample, recorded_prompts, replaced_scheduler
+from rlalign.diffusion.pipeline_call import PipelineCall, per_sample, quiet, recorded_prompts, replaced_scheduler
 from rlalign.diffusion.recorder import Recorder
 from rlalign.diffusion.sde import Step, StochasticStep, stochastic_scheduler
 from rlalign.diffusion.trajectory import StepScore, Taken, Trajectory
@@ -115,7 +115,8 @@ class StochasticSampler:
         call = self.arguments | dict(call)
         initial = seeds if same_noise is None else same_noise
         _check_call(call, seeds, initial)
-        scheduler, taken = self._scheduler(window or self.window), Taken(self.storage)
+        window = window or self.window
+        scheduler, taken = self._scheduler(window), Taken(self.storage, window)
         recorder = Recorder(self.denoiser, len(seeds), _numbers(self.pipeline, call))
 
         guided = None if self.guidance is None else GuidedSteps(self.guidance, recorder)
@@ -139,7 +140,7 @@ class StochasticSampler:
         # Embeddings stand on the tape already; a second copy is only for steps that it cannot replay.
         kept = () if tape is not None and all(layout.combiner for layout in tape.layouts) else tuple(encoded)
         asked = PipelineCall(per_sample(call, len(seeds)), len(seeds), kept)
-        trained = _trained_steps(taken.count, self.trained_fraction, scheduler.window)
+        trained = _trained_steps(taken.count, self.trained_fraction, window)
         running = None if guided is None else guided.met()
         return taken.trajectory(trained, tape=tape, call=asked, output=output, guidance=self.guidance, running=running)
 
@@ -220,8 +221,8 @@ class StochasticSampler:
 
     @contextmanager
     def _running(self, scheduler: StochasticStep) -> Iterator[None]:
-        """Let the pipeline use this scheduler, and its denoiser no dropout, until the context ends."""
-        with replaced_scheduler(self.pipeline, scheduler), evaluating(self.denoiser):
+        """Let the pipeline use this scheduler, and its denoiser no dropout, without a progress bar."""
+        with replaced_scheduler(self.pipeline, scheduler), evaluating(self.denoiser), quiet(self.pipeline):
             yield
 
     def _scheduler(self, window: Window | None) -> StochasticStep:
@@ -240,7 +241,7 @@ class StochasticSampler:
                 f"step {int(steps[still][0])} drew nothing and has no density: it lies outside the window, or is the "
                 "last one. Replay the decisions of `trajectory.scored`."
             )
-        x, x_next = trajectory.latents[rows, steps], trajectory.latents[rows, steps + 1]
+        x, x_next = trajectory.moves(rows, steps)
         return x.to(trajectory.device), x_next.to(trajectory.device)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlalign.diffusion.config import SDEConfig
 from rlalign.diffusion.prediction_space import PredictionSpace
+from rlalign.diffusion.step_noise import StepNoise
 from rlalign.functional.flow import ddim_step, gaussian_log_prob, sde_step
 from rlalign.functional.prediction import from_denoised, to_denoised
 
@@ -40,7 +41,7 @@ _NOISE_SCHEDULE = (
 class Transition:
     """The Gaussian that a denoising step draws from, as a function of the prediction: one for sampling and replay."""
 
-    sde: SDEConfig
+    sde: StepNoise
     prediction_type: Literal["flow", "epsilon", "v_prediction", "sample"]
     sigma_max: float
     """The flow schedule's second level, for the pole at 1; without meaning for `ddim`."""
@@ -111,10 +112,11 @@ def stochastic_scheduler(scheduler: Any, sde: SDEConfig) -> "StochasticStep":
             "the pipeline's `scheduler.step` is wrapped, as `adaptive_projected_guidance` does, and a wrapped step has "
             "no known density. Sample outside that context."
         )
-    copied = _flow_scheduler(scheduler, sde) if sde.kind != "ddim" else _ddim_scheduler(scheduler)
+    noise = StepNoise.of(sde, scheduler)
+    copied = _ddim_scheduler(scheduler) if noise.kind == "ddim" else _flow_scheduler(scheduler, noise.kind)
     copied.__class__ = _stochastic_class(type(copied))
     assert isinstance(copied, StochasticStep)
-    copied.sde = sde
+    copied.sde = noise
     return copied
 
 
@@ -128,7 +130,7 @@ class StochasticStep(SchedulerMixin, ABC):
 
     stock: type[Any]
     """The class that was swapped out."""
-    sde: SDEConfig
+    sde: StepNoise
     mode: Mode = "ode"
     window: tuple[int, int] | None = None
     """First and one past the last step that may add noise, in steps of the run; None: all."""
@@ -265,16 +267,16 @@ def _check_options(options: dict[str, Any], args: tuple[Any, ...]) -> None:
         )
 
 
-def _flow_scheduler(scheduler: Any, sde: SDEConfig) -> Any:
+def _flow_scheduler(scheduler: Any, kind: str) -> Any:
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         advice = "use `sde.kind: ddim`" if "beta_schedule" in scheduler.config else "give the pipeline one"
         raise ValueError(
-            f"`sde.kind: {sde.kind}` needs a FlowMatchEulerDiscreteScheduler, got {type(scheduler).__name__}; {advice}."
+            f"`sde.kind: {kind}` needs a FlowMatchEulerDiscreteScheduler, got {type(scheduler).__name__}; {advice}."
         )
     for name in ("stochastic_sampling", "invert_sigmas"):
         if scheduler.config[name]:
             raise ValueError(
-                f"the scheduler's `{name}` leaves a step without the density of {sde.kind!r}; set it to False."
+                f"the scheduler's `{name}` leaves a step without the density of {kind!r}; set it to False."
             )
     return copy.deepcopy(scheduler)
 

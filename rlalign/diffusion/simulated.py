@@ -24,6 +24,7 @@ from torch import Tensor
 from rlalign.config import ConfigError, dump
 from rlalign.diffusion.collect import samples_of
 from rlalign.diffusion.config_dso import DSOConfig
+from rlalign.diffusion.pipeline_call import quiet
 from rlalign.diffusion.policy import TunedPipeline
 from rlalign.diffusion.prompts import Prompts
 from rlalign.diffusion.rewards import Judge
@@ -134,7 +135,7 @@ def draw_clean(pipeline: DiffusionPipeline, call: Mapping[str, Any], *, seeds: S
         ValueError: The call does not make one sample per seed.
     """
     noise = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with torch.no_grad(), _listening(pipeline.scheduler) as heard:
+    with torch.no_grad(), quiet(pipeline), _listening(pipeline.scheduler) as heard:
         output = pipeline(**call, generator=noise)  # type: ignore[operator]
     if not heard or len(heard[0]) != len(seeds):
         got = len(heard[0]) if heard else 0

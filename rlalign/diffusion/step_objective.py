@@ -24,7 +24,7 @@ def step_log_ratio(
     old = trajectory.log_prob[rows, steps].to(new.log_prob.device)
     if not cfg.ratio_norm:
         return new.log_prob - old
-    mean_old = trajectory.means[rows, steps].to(new.mean.device)
+    mean_old = trajectory.mean_of(rows, steps).to(new.mean.device)
     if not cfg.authors_bias:
         return guarded_log_ratio(new.log_prob, old, new.mean, mean_old, new.std)
     return _with_authors_bias(new, old, mean_old, steps.to(old.device))

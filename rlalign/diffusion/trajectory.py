@@ -18,9 +18,11 @@ class Trajectory:
     """Denoising runs of a batch of samples. A decision is one step of one sample."""
 
     latents: Float[Tensor, "batch points *dims"]
-    """Before the first step and after each, in the dtype that the pipeline stores them in."""
-    means: Float[Tensor, "batch steps *dims"]
+    """Before the first kept step and after each, in the dtype that the pipeline stores them in."""
+    means: Float[Tensor, "batch kept *dims"]
     """Mean of each decision at collection, in float32 or wider; where a step drew nothing, what it returned."""
+    first: int
+    """The first kept step: with a window, the latents and means of the other steps are let go."""
     std: Float[Tensor, "batch steps"]
     """Deviation of each decision, square root of the step included; 0 where a step drew nothing."""
     log_prob: Float[Tensor, "batch steps"]
@@ -32,7 +34,7 @@ class Trajectory:
     level_next: Float[Tensor, " steps"]
     guidance: AdaptiveProjection | None = None
     """What guides in place of the pipeline."""
-    running: Float[Tensor, "batch steps *dims"] | None = None
+    running: Float[Tensor, "batch kept *dims"] | None = None
     """State of guidance with momentum: the running difference that each step met, float32."""
     transition: Transition
     """The Gaussian of a step, given a prediction."""
@@ -60,11 +62,21 @@ class Trajectory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held for replay: batch x (steps + 1) latents, batch x steps means in float32, and the embeddings."""
+        """Bytes held for replay: batch x (kept steps + 1) latents, batch x kept steps means in float32, embeddings."""
         own = (self.latents, self.means, self.std, self.log_prob, self.scored, self.level, self.level_next)
         own += () if self.running is None else (self.running,)
         recorded = self.call.nbytes + (self.tape.nbytes if self.tape is not None else 0)
         return sum(tensor.numel() * tensor.element_size() for tensor in own) + recorded
+
+    def moves(
+        self, rows: Int[Tensor, " n"], steps: Int[Tensor, " n"]
+    ) -> tuple[Float[Tensor, "n *dims"], Float[Tensor, "n *dims"]]:
+        """Latents before and after these steps."""
+        return self.latents[rows, steps - self.first], self.latents[rows, steps - self.first + 1]
+
+    def mean_of(self, rows: Int[Tensor, " n"], steps: Int[Tensor, " n"]) -> Float[Tensor, "n *dims"]:
+        """Means of these decisions at collection."""
+        return self.means[rows, steps - self.first]
 
     def decisions(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
         """Return samples and steps of all scored decisions, sample by sample."""
@@ -96,10 +108,11 @@ class Taken:
 
     Args:
         storage: Where latents and means are kept; None: where they are.
+        window: The steps whose latents and means are kept, first and one past the last; None: all.
     """
 
-    def __init__(self, storage: str | torch.device | None):
-        self.storage = storage
+    def __init__(self, storage: str | torch.device | None, window: tuple[int, int] | None = None):
+        self.storage, self.window = storage, window
         self._latents: list[Tensor] = []
         self._means: list[Tensor] = []
         self._numbers: list[tuple[Tensor, ...]] = []
@@ -112,9 +125,12 @@ class Taken:
 
     def add(self, step: Step) -> None:
         nothing = torch.zeros(len(step.x), device=step.x.device)
-        mean = step.mean if step.mean is not None else step.x_next.to(torch.promote_types(step.x.dtype, torch.float32))
-        self._latents += [self._kept(step.x_next)] if self._latents else [self._kept(step.x), self._kept(step.x_next)]
-        self._means.append(self._kept(mean))
+        first, end = self.window or (0, self.count + 1)
+        if first <= self.count < end:
+            wide = torch.promote_types(step.x.dtype, torch.float32)
+            points = (step.x_next,) if self._latents else (step.x, step.x_next)
+            self._latents += [self._kept(point) for point in points]
+            self._means.append(self._kept(step.mean if step.mean is not None else step.x_next.to(wide)))
         std, log_prob = (nothing if value is None else value for value in (step.std, step.log_prob))
         self._numbers.append((std, log_prob, step.level.to(nothing.device), step.level_next.to(nothing.device)))
         self._drawn.append(step.log_prob is not None)
@@ -144,17 +160,19 @@ class Taken:
             else self._latents[-1]
         )
         std, log_prob, level, level_next = (torch.stack(column, -1) for column in zip(*self._numbers, strict=True))
+        first = 0 if self.window is None else self.window[0]
         scored = torch.tensor([drawn and k < trained for k, drawn in enumerate(self._drawn)], device=std.device)
         return Trajectory(
             latents=torch.stack([latents.to(wide.dtype) for latents in self._latents], 1),
             means=torch.stack(self._means, 1),
+            first=first,
             std=std,
             log_prob=log_prob,
             scored=scored.expand(len(std), -1).clone(),
             level=level,
             level_next=level_next,
             guidance=guidance,
-            running=None if running is None else self._kept(running),
+            running=None if running is None else self._kept(running[:, first : first + len(self._means)]).clone(),
             transition=self._last.transition,
             tape=tape,
             call=call,

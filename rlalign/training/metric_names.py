@@ -45,6 +45,10 @@ _KNOWN = {
     "policy/ratio_shift": Metric(
         title="Mean ratio minus 1", note="Of denoising steps, new over old probability per dimension; 0 has no lean."
     ),
+    "policy/norm_ratio": Metric(
+        title="Size of predictions",
+        note="Norm of predictions over that of the generator as it came; growth hints at a hacked reward.",
+    ),
     "policy/weight_distance": Metric(
         title="Movement of the weights", from_zero=True, note="Norm of the difference to the weights as they came."
     ),

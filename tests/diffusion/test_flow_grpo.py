@@ -400,7 +400,7 @@ def test_faults_are_one_sentence_with_the_fix(tmp_path):
         ConfigError,
         match=r"`sde.kind: flow_sde` needs a FlowMatchEulerDiscreteScheduler, got PNDMScheduler; use `sde.kind: ddim`",
     ):
-        FlowGRPOTrainer(tiny_pipeline("sd15"), rows, brightness, run_dir=tmp_path / "a", call=call)
+        FlowGRPOTrainer(tiny_pipeline("sd15"), rows, brightness, run_dir=tmp_path / "a", call=call, sde="flow_sde")
     with pytest.raises(ConfigError, match=r"`prompts` must be a list with at least one entry, got \[\]"):
         FlowGRPOTrainer(points_pipeline(), [], to_the_right, run_dir=tmp_path / "b")
     with pytest.raises(ConfigError, match="there is no reward: pass `reward`, or set `reward.function`"):

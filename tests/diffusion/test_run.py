@@ -36,6 +36,8 @@ GRPO = SHARED | {
     "total_steps": 2,
     "rollout": {"prompts_per_step": 2, "group_size": 4, "num_inference_steps": 3},
 }
+PRESETS = sorted(name for name, path in config.presets().items() if "\npipeline:" in path.read_text())
+"""Of diffusion, smoke runs included."""
 BOTH = pytest.mark.parametrize("settings", [DSO, GRPO], ids=["dso", "flow_grpo"])
 
 
@@ -134,16 +136,31 @@ def test_check_warns_of_faithful_dro_without_a_limit():
     assert "which is none here" in run.check(built(DSO, **late))[2]
 
 
-@pytest.mark.parametrize("name", ["dso_smoke", "dso_stability"])
-def test_presets_are_checked_without_torch(name):
+@pytest.fixture(scope="module")
+def checked() -> dict[str, list[str]]:
+    """What each preset had imported of the heavy packages after its check, in one process for all of them."""
     code = (
-        "import sys; from rlalign import config; from rlalign.diffusion import run\n"
-        f"run.check(config.load(config.locate({name!r})))\n"
-        "assert not {'torch', 'diffusers', 'mujoco'} & set(sys.modules), sorted(sys.modules)\n"
+        "import json, sys; from rlalign import config; from rlalign.diffusion import run\n"
+        "found = {}\n"
+        "for name in sys.argv[1:]:\n"
+        "    run.check(config.load(config.locate(name)))\n"
+        "    found[name] = sorted({'torch', 'diffusers', 'transformers', 'mujoco'} & set(sys.modules))\n"
+        "print(json.dumps(found))\n"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'envs'}"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, *PRESETS]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_checked_without_torch(checked, name):
+    assert checked[name] == []
+
+
+def test_every_method_has_a_preset_and_a_smoke_run():
+    assert {"dso_stability", "dso_smoke", "flow_grpo_stability", "flow_grpo_smoke"} <= set(PRESETS)
 
 
 @pytest.mark.e2e

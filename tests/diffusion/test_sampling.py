@@ -253,9 +253,12 @@ def test_only_the_window_is_drawn_and_the_rest_is_the_stock_step():
     assert trajectory.std[:, [0, 3, 4, 5]].abs().max() == 0
     moved = sampler.sample(call_of("sd3", 2, num_inference_steps=6), seeds=[1, 2], window=(4, 6))
     assert moved.scored.tolist() == [[False] * 4 + [True, False]] * 2
-    # Before its window a run is deterministic.
-    assert torch.equal(moved.latents[:, :2], trajectory.latents[:, :2])
-    assert not torch.allclose(moved.latents[:, 2], trajectory.latents[:, 2], atol=1e-2)
+    # Before its window a run is deterministic, and at its first step the noise is that of the sample and the step.
+    later, longer = (
+        sampler.sample(call_of("sd3", 2, num_inference_steps=6), seeds=[1, 2], window=(start, 4)) for start in (2, 1)
+    )
+    assert torch.equal(longer.latents[:, :3], trajectory.latents)
+    assert not torch.allclose(later.latents[:, 0], trajectory.latents[:, 1], atol=1e-2)
     with pytest.raises(ValueError, match="step 0 drew nothing"):
         sampler.replay(trajectory, torch.tensor([1]), torch.tensor([0]))
 
@@ -271,9 +274,8 @@ def test_outside_a_late_window_the_run_is_the_untouched_pipeline():
     noise = [torch.Generator().manual_seed(k) for k in (1, 2)]
     sampler.pipeline(**call, generator=noise, callback_on_step_end=watch)
     trajectory = sampler.sample(call, seeds=[1, 2], window=(2, 3))
-    assert torch.equal(trajectory.latents[:, 1], seen[0])
-    assert torch.equal(trajectory.latents[:, 2], seen[1])
-    assert not torch.allclose(trajectory.latents[:, 3], seen[2], atol=1e-2)
+    assert torch.equal(trajectory.latents[:, 0], seen[1])
+    assert not torch.allclose(trajectory.latents[:, 1], seen[2], atol=1e-2)
 
 
 # ---------------------------------------------------------------- the user's pipeline
@@ -387,6 +389,19 @@ def test_memory_is_stated():
     assert trajectory.latents.device.type == "cpu"
     assert trajectory.nbytes == latents + means + numbers + trajectory.tape.nbytes
     assert trajectory.dimensions == 64
+
+
+@pytest.mark.parametrize("kind", TINY_KINDS)
+def test_only_the_latents_of_a_window_are_kept(kind):
+    sampler, call = sampler_of(kind), call_of(kind, 3, num_inference_steps=8)
+    whole, part = (sampler.sample(call, seeds=[1, 2, 3], window=window) for window in (None, (3, 5)))
+    assert (part.first, part.latents.shape[1], part.means.shape[1]) == (3, 3, 2)
+    assert whole.latents.shape[1] == 9 and part.scored.sum(1).tolist() == [2, 2, 2]
+    kept, all_of_it = (one.latents.nbytes + one.means.nbytes for one in (part, whole))
+    assert kept < 0.31 * all_of_it  # (3 + 2) of (9 + 8)
+    assert sampler.parity(part) <= 1e-6
+    again = sampler.replay_by_pipeline(part, torch.tensor([2, 0]), 4).log_prob
+    torch.testing.assert_close(again, part.log_prob[[2, 0], 4], atol=1e-6, rtol=0)
 
 
 def test_arguments_of_every_call_are_given_once():

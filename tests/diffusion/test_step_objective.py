@@ -31,6 +31,9 @@ class Recorded:
     def __init__(self, mean, std, x_next):
         self.means, self.log_prob = mean[:, None], gaussian_log_prob(x_next, mean, std)[:, None]
 
+    def mean_of(self, rows, steps):
+        return self.means[rows, steps]
+
 
 def both_ratios(mean_old, mean, x_next, s, **bias):
     std = torch.full((len(mean),), s, dtype=torch.float64)
