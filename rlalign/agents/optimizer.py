@@ -10,7 +10,7 @@ from torch import nn
 from rlalign.agents.config import AgentOptimConfig, NormalizeAndProject
 from rlalign.nn.nap import Projector
 from rlalign.optim.flat import FlatParameters
-from rlalign.optim.step import SkipBudget, TrainingDiverged, set_learning_rate
+from rlalign.optim.step import SkipBudget, TrainingDiverged, load_optimizer, set_learning_rate
 from rlalign.training.schedules import lr_scale
 
 PROGRESS_TICKS = 10_000
@@ -98,12 +98,12 @@ class AgentOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         state = {"adam": self.adam.state_dict(), "budget": self.budget.state_dict(), "updates": self.updates}
-        return state | {"learning_rate": self.learning_rate} | self._projector_state()
+        return state | self._projector_state()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.adam.load_state_dict(state["adam"])
+        load_optimizer(self.adam, state["adam"])
         self.budget.load_state_dict(state["budget"])
-        self.updates, self.learning_rate = state["updates"], state["learning_rate"]
+        self.updates = state["updates"]
         if self.projector is not None:
             self.projector.load_state_dict(state["projector"])
 

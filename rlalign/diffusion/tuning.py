@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from rlalign.diffusion.config import AdamWConfig
 from rlalign.diffusion.policy import TunedPipeline
-from rlalign.optim.step import SkipBudget, adamw, finite_step, set_learning_rate
+from rlalign.optim.step import SkipBudget, adamw, finite_step, load_optimizer, set_learning_rate
 from rlalign.training.schedules import lr_scale
 
 
@@ -57,7 +57,7 @@ class Tuning:
         return {"adamw": self.optimizer.state_dict(), "budget": self.budget.state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["adamw"])
+        load_optimizer(self.optimizer, state["adamw"])
         self.budget.load_state_dict(state["budget"])
         self.updates = state["updates"]
 

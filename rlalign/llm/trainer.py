@@ -22,7 +22,7 @@ from rlalign.llm.memory import MemoryAdvice
 from rlalign.llm.objectives import engine_weights, kl_penalty, penalised, policy_objective
 from rlalign.llm.packing import Layout, token_count
 from rlalign.llm.step_metrics import StepMetrics
-from rlalign.optim.step import finite_step, set_learning_rate
+from rlalign.optim.step import finite_step, load_optimizer, set_learning_rate
 from rlalign.training.distributed import gather_json, gather_rollout, own_share
 from rlalign.training.schedules import lr_scale
 from rlalign.training.seeding import generator, rng_state, set_rng_state
@@ -338,7 +338,7 @@ class PolicyGradientTrainer:
         """Put back what `state_dict` took."""
         trainer = state["trainer"]
         self.policy.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.step, self.updates = trainer["step"], trainer["updates"]
         for name in ("budget", "estimator", "evaluator", "watch"):
             vars(self)[name].load_state_dict(trainer[name])

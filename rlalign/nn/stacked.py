@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlalign.nn.mlp import MLP
-from rlalign.nn.nap import Normalized
+from rlalign.nn.normalized import Normalized, WithConstant
 
 
 class StackedMLP(nn.Module):
@@ -49,6 +49,8 @@ class StackedMLP(nn.Module):
             case nn.Linear():
                 return torch.baddbmm(self._of(name, "bias")[:, None], hidden, self._of(name, "weight").mT)
             case Normalized():
+                if isinstance(layer.layer, WithConstant):
+                    hidden = nn.functional.pad(hidden, (0, 1), value=1.0)
                 return self._layer(f"{name}.norm", layer.norm, hidden @ self._of(name, "layer.weight").mT)
             case nn.LayerNorm():
                 centred = nn.functional.layer_norm(hidden, layer.normalized_shape, eps=layer.eps)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
         batched_natural_gradient_step,
         natural_gradient_step,
     )
-    from rlalign.optim.step import SkipBudget, TrainingDiverged, adamw, finite_step, set_learning_rate
+    from rlalign.optim.step import SkipBudget, TrainingDiverged, adamw, finite_step, load_optimizer, set_learning_rate
 
 __all__ = [
     "BatchedNaturalGradientResult",
@@ -24,6 +24,7 @@ __all__ = [
     "finite_step",
     "fisher_vector_product",
     "flat_gradient",
+    "load_optimizer",
     "natural_gradient_step",
     "set_learning_rate",
 ]
@@ -39,6 +40,7 @@ _MODULES = {
     "finite_step": "step",
     "fisher_vector_product": "curvature",
     "flat_gradient": "curvature",
+    "load_optimizer": "step",
     "natural_gradient_step": "natural_gradient",
     "set_learning_rate": "step",
 }

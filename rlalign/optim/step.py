@@ -1,7 +1,7 @@
 """One optimizer step: global-norm clipping, a finite check, the step, cleared gradients."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +124,21 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
     """Give every parameter group the same learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Take moments from a checkpoint, and leave settings (betas, eps, weight decay ...) as they are here.
+
+    torch's own method would bring the old settings back, and what a resumed run was given would have no effect.
+
+    Args:
+        optimizer: Of the same parameters in the same order.
+        state: What its `state_dict` returned.
+    """
+    here = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(dict(state))
+    for group, settings in zip(optimizer.param_groups, here, strict=True):
+        group |= settings
 
 
 def _clipped_norm(

@@ -84,6 +84,20 @@ class RunDirectory:
             raise RunDirectoryError(f"{path} is not a run directory: it has no config.resolved.json.")
         return cls(path, _make_and_lock(path) if lock else None)
 
+    def change_config(self, resolved: dict[str, Any]) -> list[str]:
+        """Write the settings that a resumed run was given, where they differ; the earlier ones are kept beside.
+
+        Returns:
+            A line for each setting that differs: `key: before -> now`.
+        """
+        before, now = _flat(json.loads(self.resolved_config.read_text())), _flat(json.loads(json.dumps(resolved)))
+        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        if changed:
+            number = 1 + len(list(self.path.glob("config.resolved.*.json")))
+            write_atomic(self.path / f"config.resolved.{number}.json", self.resolved_config.read_text())
+            write_atomic(self.resolved_config, _json(resolved))
+        return [f"{key}: {before.get(key, 'not set')} -> {now.get(key, 'not set')}" for key in changed]
+
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
@@ -235,3 +249,12 @@ def _owner(path: Path) -> str:
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf by its dotted path; lists are leaves."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        key: leaf for name, part in tree.items() for key, leaf in _flat(part, f"{prefix}.{name}".strip(".")).items()
+    }

@@ -74,6 +74,8 @@ class Session:
         self.checkpoints = Checkpoints(self.path / "checkpoints", keep=keep)
         self.stop = GracefulStop()
         self.saved_at: int | None = None
+        self.changed: list[str] = []
+        """Settings that a resumed run was given and did not have before."""
         self.error: Exception | None = None
         self.resume_with = f"rlalign resume {self.path}"
         """What the user types or calls to go on; a run started from Python is continued by its own script."""
@@ -174,6 +176,7 @@ class Session:
     def _directory(self, resume: bool) -> RunDirectory:
         if resume:
             run = RunDirectory.open(self.path)
+            self.changed = run.change_config(self.resolved)
         else:
             run = RunDirectory.create(self.path, self.config_text, self.resolved)
         run.set_status("running")
@@ -192,6 +195,11 @@ class Session:
             f"Resumed step {found.step} from {found.path.name}: weights, optimizer, schedule, data position, random "
             "numbers and statistics are as they were."
         )
+        if self.changed:
+            self.journal.note(
+                f"With other settings than before: {', '.join(self.changed)}. The earlier ones are kept in "
+                "config.resolved.1.json and so on."
+            )
 
     def _close(self, run: RunDirectory | None, status: Status, trainer: Resumable) -> None:
         if run is None:

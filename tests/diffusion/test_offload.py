@@ -1,5 +1,6 @@
 """Recorded latents in main memory, and pipelines that keep their networks there until they are used."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from rlalign.diffusion.dso import DSOTrainer
 from rlalign.diffusion.flow_grpo import FlowGRPOTrainer
 from rlalign.diffusion.sampling import StochasticSampler
 from rlalign.diffusion.tiny import tiny_call, tiny_pipeline
+from tests.diffusion.pretend_device import SCENARIOS
 from tests.diffusion.small_runs import SMALL, brightness, merged, points_trainer, tiny_prompts
+from tests.e2e.test_two_processes import python
+from tests.llm.commands import ROOT
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -156,3 +160,37 @@ def test_a_pipeline_with_cpu_offload_is_trained_as_without(tmp_path: Path, moves
     assert_equal(weights(trainer), weights(plain))
     assert trainer.evaluate() == plain.evaluate()
     assert hasattr(trainer.tuned.denoiser, "_hf_hook")
+
+
+# ---------------------------------------------------------------- a device with a memory of its own
+
+BROKEN = {
+    **dict.fromkeys(
+        ("offloaded", "window_offloaded"), "latents are in main memory, and are indexed by the device's rows"
+    ),
+    "resumed_moved": "moments are loaded to where the weights are just then, and stay there",
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float | str]:
+    """Differences from what the CPU trains, or errors; in one process, since the device cannot be taken out again."""
+    folder = tmp_path_factory.mktemp("pretend")
+    done = python(str(ROOT / "tests/diffusion/pretend_device.py"), str(folder), *SCENARIOS, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"scenario"')]
+    return {line["scenario"]: line["found"] for line in lines}
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=BROKEN[name])) if name in BROKEN else name
+        for name in SCENARIOS
+    ],
+)
+def test_a_device_trains_what_the_cpu_trains(found, name):
+    """Its tensors do not meet the CPU's, as with a GPU; its arithmetic is the CPU's, so that weights agree."""
+    assert isinstance(found[name], float), found[name]
+    assert found[name] <= 1e-6

@@ -13,6 +13,7 @@ KINDS = {
     "linear": lambda: MLP([3, 2]),
     "layer_norm": lambda: MLP([3, 5, 2], layer_norm=True),
     "normalized": lambda: to_normalized(MLP([3, 5, 4, 2])),
+    "normalized_constant": lambda: to_normalized(MLP([3, 5, 4, 2]), constant=True),
     "normalized_layer_norm": lambda: to_normalized(MLP([3, 5, 2], layer_norm=True)),
 }
 

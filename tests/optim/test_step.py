@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlalign.optim.step import SkipBudget, TrainingDiverged, adamw, finite_step, set_learning_rate
+from rlalign.optim.step import SkipBudget, TrainingDiverged, adamw, finite_step, load_optimizer, set_learning_rate
 
 Named = list[tuple[str, torch.nn.Parameter]]
 
@@ -183,3 +183,28 @@ def test_budget_state_round_trips() -> None:
     other = SkipBudget(limit=5)
     other.load_state_dict(budget.state_dict())
     assert other == budget
+
+
+def test_a_loaded_optimizer_has_the_moments_of_then_and_the_settings_of_now():
+    def stepped(optimizer, weight, times):
+        for _ in range(times):
+            weight.grad = torch.tensor([[1.0, -2.0]])
+            optimizer.step()
+        return weight
+
+    first = torch.nn.Parameter(torch.zeros(1, 2))
+    before = adamw([("w", first)], learning_rate=0.1)
+    stepped(before, first, 3)
+    second = torch.nn.Parameter(first.detach().clone())
+    after = adamw([("w", second)], learning_rate=0.2, betas=(0.0, 0.5), eps=1.0, weight_decay=0.5)
+    load_optimizer(after, before.state_dict())
+    group = after.param_groups[0]
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.2, (0.0, 0.5), 1.0, 0.5)
+    m, v = (after.state[second][name].clone() for name in ("exp_avg", "exp_avg_sq"))
+    torch.testing.assert_close(m, (1 - 0.9**3) * torch.tensor([[1.0, -2.0]]))
+    stepped(after, second, 1)
+    # By hand: the fourth step with beta1 = 0 and beta2 = .5 on the old second moment.
+    gradient = torch.tensor([[1.0, -2.0]])
+    v = 0.5 * v + 0.5 * gradient**2
+    wanted = first.detach() * (1 - 0.2 * 0.5) - 0.2 * gradient / ((v / (1 - 0.5**4)).sqrt() + 1.0)
+    torch.testing.assert_close(second.detach(), wanted)

@@ -44,7 +44,7 @@ class Counter:
         self.step, self.weight = state["trainer"]["step"], state["model"]["w"]
 
     def save_model(self, path: str | Path) -> None:
-        Path(path).mkdir()
+        Path(path).mkdir(exist_ok=True)
         Path(path, "weights.txt").write_text(str(self.weight.tolist()))
 
 
@@ -378,6 +378,23 @@ def test_two_sessions_cannot_have_one_directory(tmp_path):
     assert status(run)["status"] == "done"
     with pytest.raises(RunDirectoryError, match="is not a run directory"):
         train(make(tmp_path / "nothing"), Counter(), resume=True)
+
+
+def test_other_settings_of_a_resumed_run_are_told_and_written_and_the_earlier_ones_kept(tmp_path, capsys):
+    run = tmp_path / "run"
+    settings = {"method": "x", "optim": {"rate": 0.1, "betas": [0.9, 0.99]}, "net": None}
+    train(make(run, resolved=settings), Counter(), total=2)
+    train(make(run, resolved=settings), Counter(), resume=True, total=3)
+    assert "other settings" not in capsys.readouterr().out
+    assert not (run / "config.resolved.1.json").exists()
+    other = {"method": "x", "optim": {"rate": 0.3, "betas": (0.9, 0.99)}, "net": {"width": 3}}
+    train(make(run, resolved=other), Counter(), resume=True)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "With other settings than before: net.width: not set -> 3, optim.rate: 0.1 -> 0.3." in told
+    assert json.loads((run / "config.resolved.1.json").read_text()) == settings
+    assert json.loads((run / "config.resolved.json").read_text())["optim"]["rate"] == 0.3
+    train(make(run, resolved=settings), Counter(), resume=True)
+    assert json.loads((run / "config.resolved.2.json").read_text())["optim"]["rate"] == 0.3
 
 
 def test_a_full_disk_does_not_hide_why_a_run_ended(tmp_path, monkeypatch, capsys):
