@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from rlalign.diffusion.generator import ConditionalFlowPipeline
     from rlalign.diffusion.guidance import adaptive_projected_guidance
     from rlalign.diffusion.guider import PaperAPG
-    from rlalign.diffusion.pretrain import pretrain
     from rlalign.diffusion.sampling import StochasticSampler
     from rlalign.diffusion.tiny import tiny_call, tiny_pipeline
 
@@ -22,7 +21,6 @@ _HOMES = {
     "SDEConfig": "config",
     "StochasticSampler": "sampling",
     "adaptive_projected_guidance": "guidance",
-    "pretrain": "pretrain",
     **dict.fromkeys(("tiny_call", "tiny_pipeline"), "tiny"),
 }
 __all__ = sorted(_HOMES)

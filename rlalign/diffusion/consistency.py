@@ -45,6 +45,8 @@ def check_diffusion(cfg: DiffusionConfig, *, processes: int = 1) -> None:
         )
     if "mixed_precision" in cfg.accelerate:
         raise ConfigError("`accelerate.mixed_precision` has no effect here; set `pipeline.dtype`.")
+    if isinstance(cfg, DSOConfig) and cfg.data.samples < processes:
+        raise ConfigError(f"`data.samples`={cfg.data.samples} are fewer than {processes} processes; raise it.")
     if cfg.eval.samples < processes:
         raise ConfigError(f"`eval.samples`={cfg.eval.samples} are fewer than {processes} processes; raise it.")
 

@@ -166,7 +166,8 @@ class DSOTrainer:
             return [None] * len(pieces)
         # All before the first graph: without an adapter, the reference takes the trained weights' place in memory.
         with torch.no_grad(), self.tuned.reference():
-            return [(self.errors(*piece, "win"), self.errors(*piece, "lose")) for piece in pieces]
+            # Both sides in one call, as the policy's are: equal errors then stay equal to the last bit.
+            return [self.errors(*piece, "win", "lose").chunk(2) for piece in pieces]
 
     def loss(
         self, pairs: Int[Tensor, "n two=2"], corruption: Corruption, reference: Reference | None, *, denominator: int

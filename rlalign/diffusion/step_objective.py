@@ -63,9 +63,9 @@ def step_weights(cfg: StepObjective, trajectory: Trajectory) -> Float[Tensor, "b
     weights = torch.ones(trajectory.scored.shape)
     if not cfg.reweight:
         return weights
-    columns = trajectory.scored.any(0).nonzero().squeeze(1)
+    columns = trajectory.scored.any(0).nonzero().squeeze(1).cpu()
     sde, transition = trajectory.transition.sde, trajectory.transition
-    level, level_next = trajectory.level[columns].cpu(), trajectory.level_next[columns].cpu()
+    level, level_next = trajectory.level.cpu()[columns], trajectory.level_next.cpu()[columns]
     if sde.kind == "ddim":
         delta = ddim_guard_weight(level, level_next, eta=sde.noise_level)
     else:

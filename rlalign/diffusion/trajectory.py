@@ -132,7 +132,8 @@ class Taken:
             self._latents += [self._kept(point) for point in points]
             self._means.append(self._kept(step.mean if step.mean is not None else step.x_next.to(wide)))
         std, log_prob = (nothing if value is None else value for value in (step.std, step.log_prob))
-        self._numbers.append((std, log_prob, step.level.to(nothing.device), step.level_next.to(nothing.device)))
+        numbers = (std, log_prob, step.level.to(nothing.device), step.level_next.to(nothing.device))
+        self._numbers.append(tuple(map(self._kept, numbers)))  # with the latents, which they index
         self._drawn.append(step.log_prob is not None)
         self._last = step
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from rlalign.diffusion.config import AdamWConfig
 from rlalign.diffusion.policy import TunedPipeline
-from rlalign.optim.step import SkipBudget, adamw, finite_step, load_optimizer, set_learning_rate
+from rlalign.optim.step import SkipBudget, adamw, bring_moments, finite_step, load_optimizer, set_learning_rate
 from rlalign.training.schedules import lr_scale
 
 
@@ -46,6 +46,7 @@ class Tuning:
             schedule=cfg.schedule,
         )
         set_learning_rate(self.optimizer, cfg.learning_rate * scale)
+        bring_moments(self.optimizer)
         norm = finite_step(
             self.optimizer, self.tuned.parameters.items(), max_grad_norm=cfg.max_grad_norm, budget=self.budget
         )

@@ -11,7 +11,15 @@ if TYPE_CHECKING:
         batched_natural_gradient_step,
         natural_gradient_step,
     )
-    from rlalign.optim.step import SkipBudget, TrainingDiverged, adamw, finite_step, load_optimizer, set_learning_rate
+    from rlalign.optim.step import (
+        SkipBudget,
+        TrainingDiverged,
+        adamw,
+        bring_moments,
+        finite_step,
+        load_optimizer,
+        set_learning_rate,
+    )
 
 __all__ = [
     "BatchedNaturalGradientResult",
@@ -20,6 +28,7 @@ __all__ = [
     "TrainingDiverged",
     "adamw",
     "batched_natural_gradient_step",
+    "bring_moments",
     "conjugate_gradient",
     "finite_step",
     "fisher_vector_product",
@@ -36,6 +45,7 @@ _MODULES = {
     "TrainingDiverged": "step",
     "adamw": "step",
     "batched_natural_gradient_step": "natural_gradient",
+    "bring_moments": "step",
     "conjugate_gradient": "curvature",
     "finite_step": "step",
     "fisher_vector_product": "curvature",

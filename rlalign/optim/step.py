@@ -141,6 +141,17 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
         group |= settings
 
 
+def bring_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Move moments to where their parameters are now, which offloading may have moved since they were loaded."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            moments = optimizer.state.get(parameter, {})
+            for name, value in moments.items():
+                # Kernels that are not fused count their steps on the CPU.
+                if isinstance(value, Tensor) and (name != "step" or group["fused"]):
+                    moments[name] = value.to(parameter.device)
+
+
 def _clipped_norm(
     named: list[tuple[str, Tensor]], max_grad_norm: float | None, clip: Clip | None
 ) -> tuple[float, str | None]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from rlalign.config import ConfigError
 from rlalign.diffusion.collect import assemble, draw, draw_window, joined, sampler_of
 from rlalign.diffusion.config import SamplingConfig, SDEConfig
 from rlalign.diffusion.prompts import Prompts
@@ -84,6 +85,14 @@ def test_windows_lie_where_they_can_be_trained_and_move():
     assert {draw_window(replace(cfg, window_range=(2, 5)), step=s, seed=0) for s in range(50)} == {(2, 4), (3, 5)}
     assert draw_window(CFG, step=0, seed=0) is None
     assert draw_window(cfg, step=4, seed=0) == draw_window(cfg, step=4, seed=0)
+
+
+def test_offloaded_weights_are_not_trained_through_the_pipelines_own_call(monkeypatch):
+    pipeline = points_pipeline()
+    monkeypatch.setattr(type(pipeline), "_execution_device", torch.device("meta"))  # as offloading does, from a CPU
+    with pytest.raises(ConfigError, match=r"`rollout.by_pipeline` .* `enable_model_cpu_offload"):
+        sampler_of(pipeline, replace(CFG, by_pipeline=True))
+    sampler_of(pipeline, CFG)
 
 
 def test_only_a_windows_steps_are_decisions():

@@ -164,13 +164,6 @@ def test_a_pipeline_with_cpu_offload_is_trained_as_without(tmp_path: Path, moves
 
 # ---------------------------------------------------------------- a device with a memory of its own
 
-BROKEN = {
-    **dict.fromkeys(
-        ("offloaded", "window_offloaded"), "latents are in main memory, and are indexed by the device's rows"
-    ),
-    "resumed_moved": "moments are loaded to where the weights are just then, and stay there",
-}
-
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float | str]:
@@ -183,13 +176,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float | str]:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=BROKEN[name])) if name in BROKEN else name
-        for name in SCENARIOS
-    ],
-)
+@pytest.mark.parametrize("name", SCENARIOS)
 def test_a_device_trains_what_the_cpu_trains(found, name):
     """Its tensors do not meet the CPU's, as with a GPU; its arithmetic is the CPU's, so that weights agree."""
     assert isinstance(found[name], float), found[name]
