@@ -58,8 +58,8 @@ def sampler_of(pipeline: DiffusionPipeline, cfg: SamplingConfig) -> StochasticSa
     """
     if cfg.by_pipeline and pipeline._execution_device != pipeline.device:
         raise ConfigError(
-            "`rollout.by_pipeline` trains through the pipeline's own call, which under `enable_model_cpu_offload()` moves "
-            "the weights away before the backward pass; use one without the other."
+            "`rollout.by_pipeline` trains through the pipeline's own call, which under `enable_model_cpu_offload()` "
+            "moves the weights away before the backward pass; use one without the other."
         )
     storage = "cpu" if cfg.offload else None
     guidance = None if cfg.guidance is None else AdaptiveProjection(**vars(cfg.guidance))

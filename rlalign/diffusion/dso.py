@@ -167,7 +167,8 @@ class DSOTrainer:
         # All before the first graph: without an adapter, the reference takes the trained weights' place in memory.
         with torch.no_grad(), self.tuned.reference():
             # Both sides in one call, as the policy's are: equal errors then stay equal to the last bit.
-            return [self.errors(*piece, "win", "lose").chunk(2) for piece in pieces]
+            both = [self.errors(*piece, "win", "lose") for piece in pieces]
+            return [(errors[: len(errors) // 2], errors[len(errors) // 2 :]) for errors in both]
 
     def loss(
         self, pairs: Int[Tensor, "n two=2"], corruption: Corruption, reference: Reference | None, *, denominator: int
