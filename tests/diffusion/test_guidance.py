@@ -129,6 +129,15 @@ def test_the_last_step_lands_on_the_guided_sample_by_hand(name):
     torch.testing.assert_close(guided.float(), torch.tensor([WORKED]), rtol=1e-3, atol=2e-3)
 
 
+def test_deis_lands_beside_it_because_it_ends_above_zero():
+    """Its last step goes to the smallest trained σ, .03: that share of the noise is left."""
+    pipeline = HandPipeline(diffusers.DEISMultistepScheduler())
+    assert (pipeline().float() - torch.tensor([[11.0, 20.0, -8.0, 0.0]])).abs().max() < 0.03
+    with adaptive_projected_guidance(pipeline, eta=0.0, norm_threshold=2.5, momentum=0.0):
+        guided = pipeline()
+    assert 1e-5 < (guided.float() - torch.tensor([WORKED])).abs().max() < 0.03
+
+
 def test_momentum_runs_from_step_to_step():
     """Step 1: m = [2, 4, -2, 0]. Step 2: d = [1, 1, 1, 1], m = [0, -1, 2, 1], and by hand [4.92, 2.56, 8, 4]."""
     pipeline = HandPipeline(flow())
