@@ -26,7 +26,7 @@ DIFFUSION_SMOKE = [path for path in SMOKE if "\npipeline:" in path.read_text()]
 DIFFUSION_EXAMPLES = [path for path in EXAMPLES if path.stem.startswith("diffusion_")]
 MODEL_SMOKE = [path for path in SMOKE if path not in AGENT_SMOKE + DIFFUSION_SMOKE]
 MODEL_EXAMPLES = [path for path in EXAMPLES if path not in AGENT_EXAMPLES + DIFFUSION_EXAMPLES]
-NEEDS = {"llm_reasoning_gym": "reasoning_gym", "llm_trl_drop_in": "trl"}
+NEEDS = {"llm_reasoning_gym": "reasoning_gym", "llm_trl_drop_in": "trl", "agent_ray_tune": "ray"}
 IN_A_PROCESS_OF_ITS_OWN = "llm_bnpo"
 """The README's first script: run as the README says. The others share their imports."""
 
@@ -89,6 +89,8 @@ def test_smoke_preset_of_an_agent_trains_to_the_end(path: Path, folder):
 
 @pytest.mark.parametrize("path", AGENT_EXAMPLES, ids=lambda path: path.stem)
 def test_example_of_an_agent_runs(path: Path, folder):
+    if path.stem in NEEDS:
+        pytest.importorskip(NEEDS[path.stem])
     done = rlalign(folder, str(path), "1", environment={"OMP_NUM_THREADS": "1"})
     assert done.code == 0, done.err[-3000:]
     runs = list(folder.glob("runs/*"))
