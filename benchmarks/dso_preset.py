@@ -18,6 +18,7 @@ import psutil
 from cells import Cells
 from llm_vs_trl import busy_share
 
+from rlalign import config
 from rlalign.training.metrics import read
 
 MEASURED = ("robust", "stable", "distance_to_data", "diversity", "base_area_ratio")
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/dso_preset"))
     args = parser.parse_args()
-    cells = Cells(args.out.with_suffix(".json"), {"preset": Path("configs/diffusion/dso_stability.yaml").read_text()})
+    cells = Cells(args.out.with_suffix(".json"), {"preset": config.dump(config.load("dso_stability"))})
     for key in cells.missing([{"seed": seed} for seed in range(args.seeds)]):
         cells.keep(key, run(**key))
         print(line(cells.runs[-1]), flush=True)

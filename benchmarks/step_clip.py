@@ -9,6 +9,7 @@ Writes `results/step_clip.json` and `.png`. The protocol stands in benchmarks/RE
 import argparse
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "boxes": {"generator": BOXES, "classes": 5, "dimensions": 30, "watch": "rlalign_envs.assemblies:measure"},
 }
 GOLD = ("distance_to_data", "diversity")
+EVAL = {"every": 4, "samples": 400, "pictures": 0}
 SHARED: dict[str, Any] = {
     "total_steps": 24,
     "rollout": {"prompts_per_step": 10, "group_size": 16, "num_inference_steps": 10, "batch_size": 160},
@@ -52,7 +54,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step_clip"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    cells = Cells(args.out.with_suffix(".json"), {"forms": FORMS, **SHARED})
+    tasks = {name: {**task, "generator": asdict(task["generator"])} for name, task in TASKS.items()}
+    cells = Cells(args.out.with_suffix(".json"), {"forms": FORMS, "tasks": tasks, "eval": EVAL, **SHARED})
     keys = [
         {"task": task, "form": form, "factor": factor, "seed": seed}
         for task in args.tasks
@@ -81,7 +84,7 @@ def run(*, task: str, form: str, factor: float, seed: int) -> dict[str, Any]:
             list(range(given["classes"])),
             reward,
             objective={**FORMS[form], "clip_low": clip, "clip_high": clip},
-            eval={"every": 4, "samples": 400, "watch": given["watch"], "pictures": 0},
+            eval={**EVAL, "watch": given["watch"]},
             seed=seed,
             run_dir=Path(scratch) / "run",
             **SHARED,

@@ -3,7 +3,7 @@
 python examples/diffusion_dso.py [STEPS]
 
 The generator is trained first, on procedural objects: 15 seconds on one core, once, then it is kept under
-`~/.cache/rlalign`. Another minute for 40 updates, most of it to simulate 2,000 objects; needs `pip install mujoco`.
+`~/.cache/rlalign`. Another minute for 40 updates, simulating 2,000 objects included; needs `pip install mujoco`.
 """
 
 import sys

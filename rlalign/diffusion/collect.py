@@ -1,6 +1,6 @@
 """Draw a rollout: prompts, samples of each with the probability of every step, and what the reward says of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from rlalign.advantages.config import AdvantageConfig, GroupEstimatorConfig
 from rlalign.buffers import Input, Rollout
 from rlalign.config import ConfigError
 from rlalign.diffusion.config import SamplingConfig
@@ -155,6 +156,23 @@ def assemble(drawn: Drawn, judged: Judged, *, process: int) -> Rollout:
             "process": Input(value=torch.full((batch,), process), axis="per_rollout"),
         },
     )
+
+
+def require_weights(advantage: AdvantageConfig, outcomes: Collection[str]) -> None:
+    """Refuse to learn from outcomes of a simulator that nobody asked for: the one that judges is among them.
+
+    Raises:
+        ConfigError: `advantage.decompose` is on, and some outcome has no weight.
+    """
+    if not isinstance(advantage, GroupEstimatorConfig) or not advantage.decompose or len(outcomes) < 2:
+        return
+    missing = sorted(set(outcomes) - set(advantage.part_weights))
+    if missing:
+        raise ConfigError(
+            "`advantage.decompose` learns from every outcome of the simulator, the one that training is judged by "
+            f"included. Give each a weight in `advantage.part_weights`, 0 for those not to learn from: "
+            f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} none."
+        )
 
 
 def joined(outputs: Sequence[Any]) -> Any:

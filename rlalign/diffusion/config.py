@@ -71,7 +71,7 @@ class SDEConfig:
 
     kind: Literal["auto", "flow_sde", "dance_sde", "cps", "ddim"] = "auto"
     """`flow_sde` (Flow-GRPO), `dance_sde` (DanceGRPO), `cps` (coefficients-preserving sampling) for flow models; `ddim`
-    for models that predict noise or v. `auto`: `ddim` where the scheduler has a schedule of betas, else `flow_sde`."""
+    for models that predict noise or v. `auto`: `ddim` for these, else `flow_sde`."""
     noise_level: Positive | Literal["auto"] = "auto"
     """a of `flow_sde` and `cps`, eta of `dance_sde` and `ddim`. `auto`: what the papers use, 0.7, 0.8, 0.3 and 1."""
 

@@ -1,9 +1,8 @@
 """Settings that contradict each other, found before torch or a model is loaded."""
 
 import math
-from collections.abc import Collection
 
-from rlalign.advantages.config import GAE, GreedyBaseline, GroupEstimatorConfig
+from rlalign.advantages.config import GAE, GreedyBaseline
 from rlalign.config import ConfigError
 from rlalign.diffusion.config import DiffusionConfig, FlowGRPOConfig, SamplingConfig
 from rlalign.diffusion.config_dso import DSOConfig
@@ -93,23 +92,6 @@ def check_flow_grpo(cfg: FlowGRPOConfig, *, processes: int = 1, simulator: bool 
     if simulator is False and cfg.reward is not None and (cfg.reward.outcome or cfg.reward.graded):
         raise ConfigError(
             "`reward.outcome` and `reward.graded` name outcomes of a simulator; the reward is a function."
-        )
-
-
-def check_decomposed(cfg: FlowGRPOConfig, outcomes: Collection[str]) -> None:
-    """Refuse to learn from outcomes of a simulator that nobody asked for: the one that judges is among them.
-
-    Raises:
-        ConfigError: `advantage.decompose` is on, and some outcome has no weight.
-    """
-    if not isinstance(cfg.advantage, GroupEstimatorConfig) or not cfg.advantage.decompose or len(outcomes) < 2:
-        return
-    missing = sorted(set(outcomes) - set(cfg.advantage.part_weights))
-    if missing:
-        raise ConfigError(
-            "`advantage.decompose` learns from every outcome of the simulator, the one that training is judged by "
-            f"included. Give each a weight in `advantage.part_weights`, 0 for those not to learn from: "
-            f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} none."
         )
 
 

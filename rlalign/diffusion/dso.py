@@ -143,11 +143,11 @@ class DSOTrainer:
         """One optimizer step on pairs, in micro-batches of at most `optim.micro_batch` samples."""
         with self.metrics.clock("train"):
             pieces = list(self.micro_batches(pairs))
-            if pieces and self.step % COMPARE_EVERY == 0:
-                self.metrics.norm_ratio = self.norm_ratio(*pieces[0])
             for (rows, corruption), reference in zip(pieces, self.references(pieces), strict=True):
                 self.loss(rows, corruption, reference, denominator=len(pairs)).backward()
             self.metrics.stepped(*self.tuning.take_step())
+            if pieces and self.step % COMPARE_EVERY == 0:
+                self.metrics.norm_ratio = self.norm_ratio(*pieces[0])
 
     def micro_batches(self, pairs: Int[Tensor, "pairs two=2"]) -> Iterator[Piece]:
         """This process's share of the pairs in pieces, with their noise."""
@@ -166,7 +166,7 @@ class DSOTrainer:
             return [None] * len(pieces)
         # All before the first graph: without an adapter, the reference takes the trained weights' place in memory.
         with torch.no_grad(), self.tuned.reference():
-            # Both sides in one call, as the policy's are: equal errors then stay equal to the last bit.
+            # Both sides in one call, as the policy's where the loss has both: ties then are ties to the last bit.
             both = [self.errors(*piece, "win", "lose") for piece in pieces]
             return [(errors[: len(errors) // 2], errors[len(errors) // 2 :]) for errors in both]
 

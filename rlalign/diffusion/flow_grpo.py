@@ -11,9 +11,9 @@ from torch import Tensor
 
 from rlalign.advantages import build_estimator
 from rlalign.buffers import Rollout, RolloutBuffer, TrainBatch
-from rlalign.diffusion.collect import Drawn, assemble, draw, sampler_of
+from rlalign.diffusion.collect import Drawn, assemble, draw, require_weights, sampler_of
 from rlalign.diffusion.config import FlowGRPOConfig
-from rlalign.diffusion.consistency import check_decomposed, check_flow_grpo
+from rlalign.diffusion.consistency import check_flow_grpo
 from rlalign.diffusion.parity import require_parity
 from rlalign.diffusion.parts import config_of, parts_of
 from rlalign.diffusion.policy import COMPARE_EVERY
@@ -144,7 +144,7 @@ class FlowGRPOTrainer:
         with self.metrics.clock("reward"):
             indices = self.drawn.indices
             judged = self.judge(self.drawn.samples, self.prompts.texts(indices), self.prompts.columns(indices))
-        check_decomposed(cfg, judged.parts)
+        require_weights(cfg.advantage, judged.parts)
         rollout = assemble(self.drawn, judged, process=self.accelerator.process_index)
         rollout = gather_rollout(rollout, self.accelerator)
         self.metrics.collected(self.drawn, rollout)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlalign.diffusion.config import SDEConfig
 from rlalign.diffusion.prediction_space import PredictionSpace
-from rlalign.diffusion.step_noise import StepNoise
+from rlalign.diffusion.step_noise import StepNoise, predicts_noise
 from rlalign.functional.flow import ddim_step, gaussian_log_prob, sde_step
 from rlalign.functional.prediction import from_denoised, to_denoised
 
@@ -269,7 +269,7 @@ def _check_options(options: dict[str, Any], args: tuple[Any, ...]) -> None:
 
 def _flow_scheduler(scheduler: Any, kind: str) -> Any:
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        advice = "use `sde.kind: ddim`" if "beta_schedule" in scheduler.config else "give the pipeline one"
+        advice = "use `sde.kind: ddim`" if predicts_noise(scheduler) else "give the pipeline one"
         raise ValueError(
             f"`sde.kind: {kind}` needs a FlowMatchEulerDiscreteScheduler, got {type(scheduler).__name__}; {advice}."
         )
@@ -282,9 +282,9 @@ def _flow_scheduler(scheduler: Any, kind: str) -> Any:
 
 
 def _ddim_scheduler(scheduler: Any) -> Any:
-    if "beta_schedule" not in scheduler.config:
+    if not predicts_noise(scheduler):
         raise ValueError(
-            f"`sde.kind: ddim` needs a scheduler with a schedule of betas, got {type(scheduler).__name__}; "
+            f"`sde.kind: ddim` needs a scheduler with a schedule of betas, got {type(scheduler).__name__} of a flow; "
             "flow-matching pipelines take `flow_sde`, `dance_sde` or `cps`."
         )
     if isinstance(scheduler, DDIMScheduler):

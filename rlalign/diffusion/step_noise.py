@@ -21,5 +21,10 @@ class StepNoise:
         """Settle what is `auto` by the pipeline's scheduler."""
         kind = sde.kind
         if kind == "auto":
-            kind = "ddim" if "beta_schedule" in scheduler.config else "flow_sde"
+            kind = "ddim" if predicts_noise(scheduler) else "flow_sde"
         return cls(kind=kind, noise_level=_USUAL_NOISE[kind] if sde.noise_level == "auto" else sde.noise_level)
+
+
+def predicts_noise(scheduler: Any) -> bool:
+    """Whether a scheduler's model predicts noise, v or samples, and not a flow's velocity."""
+    return "beta_schedule" in scheduler.config and scheduler.config.get("prediction_type") != "flow_prediction"

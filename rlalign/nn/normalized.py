@@ -131,7 +131,7 @@ def to_normalized(module: Net, *, tensors: Tensors = "strict", output: bool = Tr
                 continue
             if id(layer) not in done:
                 norm = _new_norm(layer) if norm_name is None else block.get_submodule(norm_name)
-                done[id(layer)] = Normalized(_without_bias(layer, keep=constant and layer is first), norm)
+                done[id(layer)] = Normalized(_for_norm(layer, constant=constant and layer is first), norm)
             block.register_module(name, done[id(layer)])
             if norm_name is not None:
                 block.register_module(norm_name, nn.Identity())
@@ -221,8 +221,9 @@ def _output_layers(module: nn.Module) -> set[int]:
     return {id(layer) for layer in layers[-1:]}
 
 
-def _without_bias(layer: nn.Module, *, keep: bool) -> nn.Module:
-    if keep and isinstance(layer, nn.Linear):
+def _for_norm(layer: nn.Module, *, constant: bool) -> nn.Module:
+    """The layer without a bias beside its weight."""
+    if constant and type(layer) is nn.Linear:
         return WithConstant(layer)
     layer.register_parameter("bias", None)
     return layer

@@ -74,8 +74,6 @@ class Session:
         self.checkpoints = Checkpoints(self.path / "checkpoints", keep=keep)
         self.stop = GracefulStop()
         self.saved_at: int | None = None
-        self.changed: list[str] = []
-        """Settings that a resumed run was given and did not have before."""
         self.error: Exception | None = None
         self.resume_with = f"rlalign resume {self.path}"
         """What the user types or calls to go on; a run started from Python is continued by its own script."""
@@ -104,6 +102,8 @@ class Session:
             try:
                 if resume:
                     self._restore(trainer)
+                    if run is not None:
+                        self.journal.notes(_settings_taken(run, self.resolved))
                 yield self.journal
             except (Interrupted, KeyboardInterrupt):
                 self._close(run, "interrupted", trainer)
@@ -176,7 +176,6 @@ class Session:
     def _directory(self, resume: bool) -> RunDirectory:
         if resume:
             run = RunDirectory.open(self.path)
-            self.changed = run.change_config(self.resolved)
         else:
             run = RunDirectory.create(self.path, self.config_text, self.resolved)
         run.set_status("running")
@@ -195,11 +194,6 @@ class Session:
             f"Resumed step {found.step} from {found.path.name}: weights, optimizer, schedule, data position, random "
             "numbers and statistics are as they were."
         )
-        if self.changed:
-            self.journal.note(
-                f"With other settings than before: {', '.join(self.changed)}. The earlier ones are kept in "
-                "config.resolved.1.json and so on."
-            )
 
     def _close(self, run: RunDirectory | None, status: Status, trainer: Resumable) -> None:
         if run is None:
@@ -215,6 +209,17 @@ class Session:
             self.journal.note(f"Report: {write_report(run.path)}")
         except OSError as error:  # a full disk must not hide why the run ended
             self.journal.note(f"The report could not be written ({error}). Later: rlalign report {run.path}")
+
+
+def _settings_taken(run: RunDirectory, resolved: dict[str, Any]) -> list[str]:
+    """Write the settings of a resumed run, which its state fits, and say what differs from before."""
+    changed = run.change_config(resolved)
+    if not changed:
+        return []
+    return [
+        f"With other settings than before: {', '.join(changed)}. The earlier ones are kept in config.resolved.1.json "
+        "and so on."
+    ]
 
 
 def _require_finite(tree: Any, step: int, name: str = "model") -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import UniPCMultistepScheduler
 
 from rlalign.config import ConfigError
 from rlalign.diffusion.config import AverageConfig, FlowGRPOConfig, SDEConfig
@@ -14,6 +15,7 @@ from rlalign.diffusion.flow_grpo import FlowGRPOTrainer
 from rlalign.diffusion.policy import TunedPipeline
 from rlalign.diffusion.prompts import Prompts
 from rlalign.diffusion.rewards import Judge
+from rlalign.diffusion.sde import stochastic_scheduler
 from rlalign.diffusion.simulated import simulate
 from rlalign.diffusion.step_noise import StepNoise
 from rlalign.diffusion.tiny import TINY_KINDS, tiny_pipeline
@@ -61,6 +63,14 @@ def test_noise_is_what_the_papers_use_unless_it_is_given(kind, level, wanted):
     found = StepNoise.of(SDEConfig(kind=kind, noise_level=level), scheduler)
     wanted = wanted if isinstance(wanted, StepNoise) else replace(FLOW, noise_level=wanted)
     assert found == (wanted if kind == "auto" else replace(wanted, kind=kind))
+
+
+@pytest.mark.parametrize("kind", ["auto", "ddim"])
+def test_a_flow_under_another_familys_scheduler_is_refused_with_what_it_takes(kind):
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    told = "needs a FlowMatchEulerDiscreteScheduler, got UniPC.*; give" if kind == "auto" else "got UniPC.* of a flow"
+    with pytest.raises(ValueError, match=told):
+        stochastic_scheduler(scheduler, SDEConfig(kind=kind))
 
 
 # ---------------------------------------------------------------- a refused trainer

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlalign.optim.step import SkipBudget, TrainingDiverged, adamw, finite_step, load_optimizer, set_learning_rate
+from rlalign.optim.step import (
+    SkipBudget,
+    TrainingDiverged,
+    adamw,
+    bring_moments,
+    finite_step,
+    load_optimizer,
+    set_learning_rate,
+)
 
 Named = list[tuple[str, torch.nn.Parameter]]
 
@@ -208,3 +216,15 @@ def test_a_loaded_optimizer_has_the_moments_of_then_and_the_settings_of_now():
     v = 0.5 * v + 0.5 * gradient**2
     wanted = first.detach() * (1 - 0.2 * 0.5) - 0.2 * gradient / ((v / (1 - 0.5**4)).sqrt() + 1.0)
     torch.testing.assert_close(second.detach(), wanted)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_moments_follow_their_parameters_and_kernels_that_are_not_fused_count_on_the_cpu(fused):
+    weight = torch.nn.Parameter(torch.zeros(2, 2, device="meta"))  # a device of its own on every machine
+    optimizer = adamw([("w", weight)], learning_rate=0.1, fused=False)
+    optimizer.param_groups[0]["fused"] = fused
+    here = {"exp_avg": torch.zeros(2, 2), "exp_avg_sq": torch.zeros(2, 2), "step": torch.tensor(1.0)}
+    optimizer.state[weight] = here
+    bring_moments(optimizer)
+    found = {name: value.device.type for name, value in optimizer.state[weight].items()}
+    assert found == {"exp_avg": "meta", "exp_avg_sq": "meta", "step": "meta" if fused else "cpu"}

@@ -397,6 +397,17 @@ def test_other_settings_of_a_resumed_run_are_told_and_written_and_the_earlier_on
     assert json.loads((run / "config.resolved.2.json").read_text())["optim"]["rate"] == 0.3
 
 
+def test_settings_that_the_saved_state_does_not_fit_leave_those_of_the_run_alone(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    train(make(run), Counter(), total=2)
+    before = (run / "config.resolved.json").read_bytes()
+    monkeypatch.setattr(Counter, "load_state_dict", lambda *_: fail(ValueError("another shape"))())
+    with pytest.raises(ValueError, match="another shape"):
+        train(make(run, resolved={"method": "x", "width": 3}), Counter(), resume=True)
+    assert (run / "config.resolved.json").read_bytes() == before
+    assert not (run / "config.resolved.1.json").exists()
+
+
 def test_a_full_disk_does_not_hide_why_a_run_ended(tmp_path, monkeypatch, capsys):
     def full(*arguments: Any, **named: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
