@@ -377,6 +377,10 @@ def test_check_reward_prints_what_was_tried():
     bad = own_process("check", "bad.py:score")
     assert bad.returncode == 1
     assert "FAIL" in bad.stdout
+    Path("pictures.py").write_text("def bright(samples, prompts):\n    return [float(s.mean()) for s in samples]\n")
+    pictures = own_process("check", "pictures.py:bright")
+    assert (pictures.returncode, "FAIL" in pictures.stdout) == (0, False)
+    assert "it judges what a generator draws" in pictures.stdout
     missing = own_process("check", "good.py:scor")
     assert missing.returncode == 2
     assert "score" in missing.stderr

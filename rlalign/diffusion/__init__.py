@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlalign.diffusion.config import SDEConfig
+    from rlalign.diffusion.config import FlowGRPOConfig, SDEConfig
+    from rlalign.diffusion.config_dso import DSOConfig
     from rlalign.diffusion.dso import DSOTrainer
     from rlalign.diffusion.flow_grpo import FlowGRPOTrainer
     from rlalign.diffusion.generator import ConditionalFlowPipeline
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ConditionalFlowPipeline": "generator",
+    "DSOConfig": "config_dso",
     "DSOTrainer": "dso",
+    "FlowGRPOConfig": "config",
     "FlowGRPOTrainer": "flow_grpo",
     "PaperAPG": "guider",
     "SDEConfig": "config",

@@ -147,6 +147,12 @@ class TunedPipeline:
         if state["trained"].keys() != self.parameters.keys():
             raise ConfigError("the checkpoint trained other tensors than this configuration does; resume with its own.")
         for name, parameter in self.parameters.items():
+            if state["trained"][name].shape != parameter.shape:
+                raise ConfigError(
+                    f"the checkpoint's `{name}` has the shape {list(state['trained'][name].shape)}, here it is "
+                    f"{list(parameter.shape)}: resume with the `lora.r` and the generator that the run began with."
+                )
+        for name, parameter in self.parameters.items():
             parameter.copy_(state["trained"][name])
         for name, part in (("average", self.average), ("frozen", self.frozen)):
             if part is not None:
@@ -226,8 +232,9 @@ def _require_no_adapter(denoiser: nn.Module) -> None:
     )
     if loaded:
         raise ConfigError(
-            f"the {type(denoiser).__name__} carries the adapter {', '.join(loaded)} already: pass a fresh pipeline, or "
-            "keep what it has learned with `pipeline.fuse_lora()` and `pipeline.unload_lora_weights()` first."
+            f"the {type(denoiser).__name__} carries an adapter already ({', '.join(loaded)}). "
+            "`pipeline.unload_lora_weights()` throws it away, as after a failed attempt; `pipeline.fuse_lora()` before "
+            "that keeps what it has learned."
         )
 
 

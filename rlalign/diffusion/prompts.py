@@ -79,11 +79,12 @@ class Prompts:
                 f"{embeddings}."
             )
         takes = inspect.signature(type(pipeline).__call__).parameters  # type: ignore[operator]
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
-            return
+        anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
         for name in call:
-            if name not in takes:
-                near = difflib.get_close_matches(name, takes) or [known for known in takes if known != "self"]
+            near = difflib.get_close_matches(name, takes)
+            # Some pipelines take any name, and ignore those that they do not know.
+            if name not in takes and (near or not anything):
+                near = near or [known for known in takes if known != "self"]
                 raise ConfigError(
                     f"`pipeline.call.{name}` is no parameter of {type(pipeline).__name__}; there is {', '.join(near)}."
                 )

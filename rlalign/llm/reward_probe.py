@@ -104,6 +104,9 @@ def probe(
     try:
         prober = _Prober(runner, report, timeout_s)
         prober.tell_where_it_runs()
+        if "samples" in runner.required:
+            report.add("samples", "note", "it judges what a generator draws, and is called in a run's first evaluation")
+            return report
         prober.run(_samples(runner, function, rows, report))
     finally:
         runner.close()

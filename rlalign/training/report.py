@@ -249,15 +249,27 @@ def _commands(run: RunData) -> list[tuple[str, str]]:
     where = shlex.quote(one_line(str(path), limit=1_000))
     again = shlex.quote(one_line(f"{path}-again", limit=1_000))
     config = shlex.quote(one_line(str(path / "config.yaml"), limit=1_000))
+    draw = ("Draw this page again", f"rlalign report {where}")
+    if _needs_its_script(run):
+        return [("Continue it, from the script that began it", "trainer.fit(resume=True)"), draw]
     commands = [
         ("Run it again from the start", f"rlalign train {config} --run-dir {again}"),
         ("Evaluate the newest checkpoint", f"rlalign eval {where}"),
         _try_it(run, where),
-        ("Draw this page again", f"rlalign report {where}"),
+        draw,
     ]
     if run.status.get("status") != "done":
         commands.insert(0, ("Continue where it stopped", f"rlalign resume {where}"))
     return commands
+
+
+def _needs_its_script(run: RunData) -> bool:
+    """Whether the settings leave open what only Python objects said: the generator, the model, the rewards."""
+    settings = run.config
+    if run.generator:
+        pipeline = settings.get("pipeline") or {}
+        return not settings.get("reward") or not (pipeline.get("source") or pipeline.get("pretrain"))
+    return not run.agent and "rewards" in settings and not (settings["rewards"] and settings.get("model"))
 
 
 def _try_it(run: RunData, where: str) -> tuple[str, str]:

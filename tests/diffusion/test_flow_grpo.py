@@ -416,6 +416,9 @@ def test_faults_are_one_sentence_with_the_fix(tmp_path):
         FlowGRPOTrainer(nowhere, [0], to_the_right, run_dir=tmp_path / "g")
     with pytest.raises(ConfigError, match="`pipeline.call.guidance` is no parameter of Con.*; there is guidance_scale"):
         points_trainer(tmp_path / "h", call={"guidance": 4.0})
+    misspelt = call | {"guidance_scal": 4.0}  # this pipeline takes any name
+    with pytest.raises(ConfigError, match="`pipeline.call.guidance_scal` is no parameter of .*; there is guidance_sc"):
+        FlowGRPOTrainer(tiny_pipeline("sd15"), rows, brightness, run_dir=tmp_path / "k", call=misspelt)
     with pytest.raises(ConfigError, match="`pipeline.call.num_images_per_prompt` is the trainer's own; set `rollout.g"):
         points_trainer(tmp_path / "i", call={"num_images_per_prompt": 2})
     embeddings = "negative_pooled_prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, prompt_embeds"

@@ -1,5 +1,6 @@
 """What a reader of a run's report meets: titled metrics, pictures, words about samples and none about completions."""
 
+import json
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from rlalign.diffusion.flow_grpo import FlowGRPOTrainer
 from rlalign.diffusion.tiny import tiny_pipeline
 from rlalign.training.metric_names import describe, is_titled
 from rlalign.training.metrics import read
+from rlalign.training.report import write_report
 from rlalign.training.report_compare import compare
 from rlalign.training.report_data import read_run
 from rlalign.training.report_findings import find
@@ -96,4 +98,8 @@ def test_the_page_shows_pictures_and_speaks_of_samples(run):
     text = re.sub(r"<(script|style).*?</\1>|<[^>]+>", " ", page, flags=re.S).lower()
     for word in ("problem", "completion", "token", "episode", "talk to it", "perplexity"):
         assert word not in text, word
-    assert "draw samples with it" in text
+    assert "trainer.fit(resume=true)" in text  # its generator and reward were Python objects
+    settings = json.loads((run / "config.resolved.json").read_text())
+    settings |= {"reward": {"function": "a:b"}, "pipeline": settings["pipeline"] | {"source": "somebody/sd"}}
+    (run / "config.resolved.json").write_text(json.dumps(settings))
+    assert "Draw samples with it" in write_report(run).read_text(encoding="utf-8")

@@ -99,6 +99,12 @@ def test_a_refused_trainer_leaves_the_pipeline_as_it_came(tmp_path, lora):
     FlowGRPOTrainer(pipeline, rows, brightness, run_dir=tmp_path / "b", call=call, lora=lora)
 
 
+def test_a_checkpoint_of_another_rank_is_refused_by_name(tmp_path):
+    points_trainer(tmp_path / "run", total_steps=1).fit()
+    with pytest.raises(ConfigError, match=r"lora_A.* has the shape \[2, .*here it is \[4, .*`lora.r`"):
+        points_trainer(tmp_path / "run", total_steps=2, lora={"r": 4}).fit(resume=True)
+
+
 def test_progress_bars_come_back(tmp_path):
     pipeline = points_pipeline()
     pipeline.set_progress_bar_config(desc="mine")

@@ -614,6 +614,21 @@ def test_commands_are_quoted(tmp_path):
     assert f"rlalign resume '{folder}'" in page.text
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "flow_grpo", "reward": None, "pipeline": {"source": "somebody/sd"}},
+        {"method": "dso", "reward": {"function": "a:b"}, "pipeline": {"source": None, "pretrain": None}},
+        {"method": "bnpo", "rewards": [], "model": {"name": "x"}},
+    ],
+)
+def test_what_only_a_script_can_continue_is_not_given_commands_that_fail(run, settings):
+    _write(run, "config.resolved.json", settings)
+    page = _page(run)
+    assert "trainer.fit(resume=True)" in page.text and "rlalign report" in page.text
+    assert not any(f"rlalign {word}" in page.text for word in ("train", "eval", "sample", "resume"))
+
+
 def test_a_long_run_stays_a_small_page(tmp_path):
     rng = np.random.default_rng(0)
     rows = [
