@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,13 @@ def parts_of(
         pipeline.to(accelerator.device)
     rows = Prompts.of(prompts if prompts is not None else read_prompts(cfg.prompts), pipeline)
     rows.require_fit(pipeline, cfg.pipeline.call)
-    tuned = TunedPipeline(pipeline, cfg)
     session.join(
         main=accelerator.is_main_process,
         anywhere=lambda flag: sum_over_processes({"flag": float(flag)}, accelerator)["flag"] > 0,
     )
-    try:
+    with ExitStack() as failed:
+        tuned = TunedPipeline(pipeline, cfg)
+        failed.callback(tuned.release)
         yield Parts(
             tuned=tuned,
             prompts=rows,
@@ -85,9 +86,7 @@ def parts_of(
             session=session,
             accelerator=accelerator,
         )
-    except Exception:
-        tuned.release()
-        raise
+        failed.pop_all()
 
 
 def config_of(cls: type, config: Any, settings: dict[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """The generator that is trained: its denoiser's adapter or weights, the frozen reference, the moving average."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,10 @@ class TunedPipeline:
         networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
         self._modes = {module: module.training for network in networks for module in network.modules()}
         self._flags = {p: p.requires_grad for network in networks for p in network.parameters()}
-        try:
+        with ExitStack() as failed:
+            failed.callback(self.release)
             self._prepare(networks)
-        except Exception:
-            self.release()
-            raise
+            failed.pop_all()
         self.parameters = {name: p for name, p in self.denoiser.named_parameters() if p.requires_grad}
         for parameter in self.parameters.values():  # half precision cannot hold what an optimizer adds
             parameter.data = parameter.data.float()

@@ -1,5 +1,6 @@
 """What sampling leaves behind for training: latents, the Gaussians they were drawn from, and the denoiser's tape."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,7 +113,8 @@ class Taken:
     """
 
     def __init__(self, storage: str | torch.device | None, window: tuple[int, int] | None = None):
-        self.storage, self.window = storage, window
+        self.storage = storage
+        self.first, self.end = window or (0, math.inf)
         self._latents: list[Tensor] = []
         self._means: list[Tensor] = []
         self._numbers: list[tuple[Tensor, ...]] = []
@@ -125,8 +127,7 @@ class Taken:
 
     def add(self, step: Step) -> None:
         nothing = torch.zeros(len(step.x), device=step.x.device)
-        first, end = self.window or (0, self.count + 1)
-        if first <= self.count < end:
+        if self.first <= self.count < self.end:
             wide = torch.promote_types(step.x.dtype, torch.float32)
             points = (step.x_next,) if self._latents else (step.x, step.x_next)
             self._latents += [self._kept(point) for point in points]
@@ -161,19 +162,20 @@ class Taken:
             else self._latents[-1]
         )
         std, log_prob, level, level_next = (torch.stack(column, -1) for column in zip(*self._numbers, strict=True))
-        first = 0 if self.window is None else self.window[0]
         scored = torch.tensor([drawn and k < trained for k, drawn in enumerate(self._drawn)], device=std.device)
         return Trajectory(
             latents=torch.stack([latents.to(wide.dtype) for latents in self._latents], 1),
             means=torch.stack(self._means, 1),
-            first=first,
+            first=self.first,
             std=std,
             log_prob=log_prob,
             scored=scored.expand(len(std), -1).clone(),
             level=level,
             level_next=level_next,
             guidance=guidance,
-            running=None if running is None else self._kept(running[:, first : first + len(self._means)]).clone(),
+            running=None
+            if running is None
+            else self._kept(running[:, self.first : self.first + len(self._means)]).clone(),
             transition=self._last.transition,
             tape=tape,
             call=call,

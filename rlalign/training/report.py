@@ -19,10 +19,11 @@ from rlalign.training.files import process_is_alive, write_atomic
 from rlalign.training.intervals import Interval
 from rlalign.training.metric_names import describe, format_duration, format_metric, format_number
 from rlalign.training.report_compare import Comparison
-from rlalign.training.report_data import RunData, flatten, read_run
+from rlalign.training.report_data import RunData, read_run
 from rlalign.training.report_figures import headline_figures, other_figures, phases, total_seconds
 from rlalign.training.report_findings import Findings, find
 from rlalign.training.report_media import read_media
+from rlalign.training.run_directory import flatten
 from rlalign.training.untrusted_text import as_text, excerpt, one_line
 
 _TEMPLATE = "report_template.html.j2"

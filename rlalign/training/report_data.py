@@ -9,13 +9,13 @@ from math import inf, nan
 from pathlib import Path
 from typing import Any
 
+from rlalign.training.run_directory import flatten
 from rlalign.training.untrusted_text import as_text, excerpt, one_line
 
 PROMPT_CHARACTERS = 1_200
 COMPLETION_CHARACTERS = 2_400
 _MAX_LINE_BYTES = 32 * 2**20
 _MAX_ERROR_FILES = 20
-_MAX_DEPTH = 8
 _ERROR_CHARACTERS = 6_000
 _SAMPLE_FILE = re.compile(r"(?P<kind>step|eval|baseline)-(?P<step>\d+)\.jsonl")
 _FLOAT_WORDS = {"nan": nan, "inf": inf, "infinity": inf, "-inf": -inf, "-infinity": -inf}
@@ -144,15 +144,6 @@ def as_number(value: Any) -> float | None:
             return _FLOAT_WORDS.get(value.strip().lower())
         case _:
             return None
-
-
-def flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested objects with dotted names."""
-    for key, value in content.items():
-        if isinstance(value, dict) and value and prefix.count(".") < _MAX_DEPTH:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import os
 import re
 import socket
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from rlalign.training.versions import library_versions
 
 Status = Literal["running", "done", "failed", "interrupted"]
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,80}")
+_MAX_DEPTH = 8
 _FOLDERS = ("samples", "checkpoints", "errors", "media")
 
 
@@ -90,7 +91,10 @@ class RunDirectory:
         Returns:
             A line for each setting that differs: `key: before -> now`.
         """
-        before, now = _flat(json.loads(self.resolved_config.read_text())), _flat(json.loads(json.dumps(resolved)))
+        before, now = (
+            dict(flatten(json.loads(self.resolved_config.read_text()))),
+            dict(flatten(json.loads(_json(resolved)))),
+        )
         changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         if changed:
             number = 1 + len(list(self.path.glob("config.resolved.*.json")))
@@ -251,10 +255,10 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Every leaf by its dotted path; lists are leaves."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        key: leaf for name, part in tree.items() for key, leaf in _flat(part, f"{prefix}.{name}".strip(".")).items()
-    }
+def flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested objects with dotted names."""
+    for key, value in content.items():
+        if isinstance(value, dict) and value and prefix.count(".") < _MAX_DEPTH:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
